@@ -1,0 +1,46 @@
+# Everything happens in .venv; `make demo` on a fresh machine installs first.
+# PYTHON is the interpreter that .venv is made with: make install PYTHON=python3.12
+
+PYTHON ?= python3
+AUDIOCRAFT := audiocraft==1.3.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test lint clean
+
+help:
+	@echo "make install   make $(VENV) and install everything in it (about 3 GB to download, 7 GB on disk)"
+	@echo "make demo      fine-tune a tiny MusicGen on a small dataset, on any machine"
+	@echo "make test      run the tests"
+	@echo "make lint      check style and types"
+	@echo "make clean     delete $(VENV) and caches; models/ stays"
+
+install: $(INSTALLED)
+
+# The stamp is written last: an install that was interrupted is taken up again.
+$(INSTALLED): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 10) <= v[:2] <= (3, 13) or sys.exit("Python 3.10 to 3.13 is needed, $(PYTHON) is %d.%d. Name another: make $(or $(MAKECMDGOALS),install) PYTHON=python3.12" % v[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): about 3 GB to download, some minutes without a word."
+	@$(PIP) --requirement requirements.txt --requirement requirements-dev.txt
+	@# Its metadata pins torch 2.1; what it really imports is in requirements.txt.
+	@$(PIP) --no-deps $(AUDIOCRAFT)
+	@touch $@
+	@echo "Installed."
+
+demo: install
+	$(BIN)/python demo/demo.py
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

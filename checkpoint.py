@@ -1,0 +1,153 @@
+"""What a run leaves on disk: lm_*.pt, resume.pt; written under a temporary name, then renamed."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from dataset import Track
+from flags import UserError
+
+FINAL = "lm_final.pt"
+RESUME = "resume.pt"
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+PICTURE = "training.png"
+SAMPLES = "samples"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GIB = 1024**3
+
+
+def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Let `fill` write a file under a temporary name; rename it when it is whole and on disk.
+
+    Errors: UserError when the disk is full; what had that name before is still there then.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise  # else: how torch.save says that the disk is full
+        raise UserError(f"{path} could not be written ({error}); what was there is kept") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(path: Path, content: Any) -> None:
+    write(path, lambda file: torch.save(content, file))
+
+
+def lm_state_dict(lm: nn.Module, dtype: str) -> dict[str, torch.Tensor]:
+    """A plain state dict on the CPU, with exactly the keys of `lm.state_dict()`."""
+    return {
+        name: tensor.detach().to("cpu", DTYPES[dtype] if tensor.is_floating_point() else None)
+        for name, tensor in lm.state_dict().items()
+    }
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"lm_{step}.pt"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The lm_<step>.pt of a folder, oldest first."""
+    found = {p: re.fullmatch(r"lm_(\d+)\.pt", p.name) for p in folder.glob("lm_*.pt")}
+    return sorted((p for p, match in found.items() if match), key=lambda p: int(p.stem[3:]))
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints; 0 keeps all."""
+    if keep:
+        for path in checkpoints(folder)[:-keep]:
+            path.unlink()
+
+
+def load_resume(folder: Path) -> dict[str, Any]:
+    path = folder / RESUME
+    if not path.exists():
+        raise UserError(
+            f"--resume=1: there is no {path} to go on from; leave out --resume to start a run"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no class for "this is not my file"
+        raise UserError(f"{path} can't be read ({type(error).__name__}: {error})") from None
+
+
+def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse to start over an earlier run's files. Removes nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir={folder}: is a file; name a folder")
+    made = _made_by_a_run(folder)
+    if made and not resume and not overwrite:
+        go_on = ", --resume=1 to go on with it" if (folder / RESUME) in made else ""
+        names = ", ".join(path.name for path in made[:5])
+        raise UserError(
+            f"--output_dir={folder} holds an earlier run ({names}): give another --output_dir"
+            f"{go_on}, or --overwrite=1 to replace it"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_test.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir={folder}: can't be written to ({error.strerror})") from None
+
+
+def clear(folder: Path) -> None:
+    """Remove an earlier run's files (and its alone) from an output folder."""
+    for path in _made_by_a_run(folder):
+        path.unlink()
+
+
+def remove_temporary(folder: Path) -> None:
+    """What a killed run may have left half written."""
+    for path in [*folder.glob(".*.tmp"), *(folder / SAMPLES).glob(".*.tmp")]:
+        path.unlink()
+
+
+def _made_by_a_run(folder: Path) -> list[Path]:
+    names = (FINAL, RESUME, METRICS, PICTURE, CONFIG)
+    made = [folder / name for name in names if (folder / name).exists()]
+    return made + checkpoints(folder) + sorted((folder / SAMPLES).glob("step_*.wav"))
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Errors: UserError when `needed` bytes are not free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"--output_dir={folder}: this run's checkpoints need {needed / GIB:.1f} GiB and "
+            f"{free / GIB:.1f} GiB are free; make room, or use --save_dtype=fp16, a small "
+            "--keep_checkpoints, or another --output_dir"
+        )
+
+
+def fingerprint(tracks: Iterable[Track]) -> str:
+    """Of what a run trains on: names, lengths and captions."""
+    facts = [(t.name, t.sample_rate, t.frames, t.caption) for t in tracks]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    write(path, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
+
+
+def read_json(path: Path) -> Any:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    return None

@@ -1,0 +1,230 @@
+"""Every flag once: name, type, default, unit, help and checks. Imports nothing heavy."""
+
+import ast
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from flags import Flags
+
+
+def _existing_folder(value: str) -> str:
+    path = Path(value).expanduser()
+    if not path.exists():
+        raise ValueError("no such folder")
+    if not path.is_dir():
+        raise ValueError("is a file, not a folder")
+    return str(path)
+
+
+def _prompts(value: Any) -> Any:
+    """A prompt, a list of them written ["one", "two"], or a .txt file with one a line."""
+    if not isinstance(value, str):
+        return value
+    if value.startswith("["):
+        try:
+            return [str(prompt) for prompt in ast.literal_eval(value)]
+        except (SyntaxError, ValueError):
+            raise ValueError('is not a list like ["one", "two"]') from None
+    if value.endswith(".txt"):
+        try:
+            lines = Path(value).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot be read ({error})") from None
+        return [line.strip() for line in lines if line.strip()]
+    return [value]
+
+
+Folder = Annotated[str, AfterValidator(_existing_folder)]
+Prompts = Annotated[list[str], BeforeValidator(_prompts), Field(min_length=1)]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+class Config(Flags):
+    """Fine-tune MusicGen on a folder of .wav + .txt pairs; leaves models/lm_final.pt.
+
+    Example: python run.py --dataset_path=my_music --epochs=20 --use_cfg=1
+    Several GPUs: torchrun --nproc_per_node=2 run.py --dataset_path=my_music
+    """
+
+    # The flags of the original trainer.
+    dataset_path: Folder = Field(
+        description="folder of .wav files, each with a .txt caption of the same name beside it"
+    )
+    model_id: str = Field(
+        "small",
+        min_length=1,
+        description="small, medium, large, a Hugging Face id, or a folder in audiocraft's "
+        "exported format",
+    )
+    lr: float = Field(1e-5, gt=0, le=1, description="learning rate after the warm-up")
+    epochs: int = Field(
+        100, ge=1, description="passes over the dataset; each takes one random crop of every file"
+    )
+    use_wandb: bool = Field(False, description="log to Weights & Biases; 0 = off")
+    save_step: int | None = Field(
+        None,
+        ge=0,
+        description="steps between checkpoints lm_<step>.pt and the resume state; None or 0 = off",
+    )
+    no_label: bool = Field(False, description="train with empty captions; .txt files not needed")
+    tune_text: bool = Field(
+        False, description="train the text conditioning only (lm.condition_provider)"
+    )
+    weight_decay: float = Field(
+        1e-5, ge=0, description="AdamW weight decay, not on biases and norms; 0 = off"
+    )
+    grad_acc: int = Field(2, ge=1, description="batches accumulated for one optimizer step")
+    warmup_steps: int = Field(16, ge=0, description="steps of linear warm-up; 0 = off")
+    batch_size: int = Field(4, ge=1, description="clips in a batch, on each GPU")
+    use_cfg: bool = Field(
+        False,
+        description="drop captions at random (see cfg_p), so that classifier-free guidance "
+        "keeps working; 0 = off",
+    )
+
+    # The run.
+    duration: float = Field(
+        30.0, ge=1, description="length of a crop in seconds; shorter clips are padded"
+    )
+    max_steps: int | None = Field(
+        None, ge=0, description="stop after this many optimizer steps; None or 0 = by epochs"
+    )
+    seed: int = Field(0, ge=0, description="of crops, order, dropout and samples")
+    output_dir: str = Field("models", min_length=1, description="folder for everything it writes")
+    resume: bool = Field(False, description="go on with the stopped run in output_dir")
+    overwrite: bool = Field(False, description="replace an earlier run's files in output_dir")
+
+    # Training.
+    cfg_p: float = Field(
+        0.2, ge=0, le=1, description="probability of dropping a caption when use_cfg=1"
+    )
+    word_dropout: float = Field(
+        0.0, ge=0, lt=1, description="probability of dropping each word of a caption; 0 = off"
+    )
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm limit; 0 = off")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="after the warm-up: to 0 at the last step, or constant"
+    )
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="average the weights; lm_final.pt holds the average; 0 = off"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto = bf16 on a GPU that has it, else fp16 on CUDA, else fp32"
+    )
+    device: Device = Field("auto", description="auto, cuda, mps or cpu")
+    grad_checkpointing: bool = Field(
+        False, description="recompute activations: less memory, slower steps; 0 = off"
+    )
+    num_workers: int | None = Field(
+        None, ge=0, description="processes that read audio; None = up to 4, 0 = the main one"
+    )
+
+    # Validation and samples.
+    valid_path: Folder | None = Field(
+        None, description="folder of held-out pairs for the validation loss; None = off"
+    )
+    valid_split: float = Field(
+        0.0, ge=0, lt=1, description="share of the dataset's files held out instead; 0 = off"
+    )
+    valid_step: int | None = Field(
+        None, ge=1, description="steps between validations; None = ten times a run"
+    )
+    sample_step: int | None = Field(
+        None,
+        ge=0,
+        description="steps between samples (wav), the first before training; None or 0 = off",
+    )
+    sample_prompts: Prompts | None = Field(
+        None,
+        description='a prompt, a list ["one", "two"], or a .txt file with one a line; '
+        "None = the first two captions",
+    )
+    sample_duration: float = Field(10.0, gt=0, description="length of a sample in seconds")
+
+    # Output.
+    keep_checkpoints: int = Field(
+        0, ge=0, description="how many of the newest lm_<step>.pt to keep; 0 = all"
+    )
+    save_dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="number format of lm_*.pt; the 16 bit ones halve the file"
+    )
+    wandb_project: str = Field("musicgen-trainer", min_length=1, description="wandb project")
+    wandb_name: str | None = Field(None, description="wandb run name; None = wandb chooses")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "Config":
+        given = self.model_fields_set
+        problems = []
+        if self.resume and self.overwrite:
+            problems.append("--resume and --overwrite exclude each other: give one of them")
+        if self.valid_path and self.valid_split:
+            problems.append("--valid_path and --valid_split exclude each other: give one of them")
+        if self.tune_text and self.no_label:
+            problems.append(
+                "--tune_text=1 with --no_label=1 leaves nothing to train: empty captions have no "
+                "gradient; leave one of them out"
+            )
+        has_valid = bool(self.valid_path or self.valid_split)
+        needs = [
+            ("cfg_p", self.use_cfg, "--use_cfg=1"),
+            ("valid_step", has_valid, "--valid_path or --valid_split"),
+            ("sample_prompts", bool(self.sample_step), "--sample_step"),
+            ("sample_duration", bool(self.sample_step), "--sample_step"),
+            ("keep_checkpoints", bool(self.save_step), "--save_step"),
+            ("wandb_project", self.use_wandb, "--use_wandb=1"),
+            ("wandb_name", self.use_wandb, "--use_wandb=1"),
+        ]
+        for name, has_it, need in needs:
+            if name in given and not has_it:
+                problems.append(f"--{name} does nothing without {need}: add that, or leave it out")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class GenerateConfig(Flags):
+    """Generate music of any length with a fine-tuned MusicGen.
+
+    Example: python generate.py --prompt="slow piano waltz" --duration=60
+    """
+
+    prompt: Prompts = Field(
+        description='what to play: a prompt, a list ["one", "two"], or a .txt file with one a line'
+    )
+    weights_path: str | None = Field(
+        "models/lm_final.pt", description="fine-tuned weights; None = the model as it was"
+    )
+    model_id: str | None = Field(
+        None,
+        description="the model that was tuned, as for run.py; None = what run.py noted beside "
+        "the weights, else small",
+    )
+    duration: float = Field(30.0, gt=0, description="seconds to generate")
+    overlap: float = Field(
+        12.0,
+        gt=0,
+        description="beyond the model's window (30 s), the seconds that each further window "
+        "starts from; more = more coherent and slower",
+    )
+    prompt_audio: str | None = Field(
+        None, description="recording to continue; its last `overlap` seconds open the result"
+    )
+    top_k: int = Field(250, ge=0, description="sample among the k likeliest codes; 0 = all")
+    top_p: float = Field(
+        0.0, ge=0, le=1, description="sample among codes of this total probability; 0 = use top_k"
+    )
+    temperature: float = Field(
+        1.0, ge=0, description="of sampling; lower = more predictable, 0 = always the likeliest"
+    )
+    cfg_coef: float = Field(
+        3.0, ge=0, description="classifier-free guidance: how closely to follow the prompt"
+    )
+    seed: int = Field(0, ge=0, description="same seed, same music (on the same machine)")
+    variations: int = Field(1, ge=1, description="pieces for each prompt, made together")
+    output: str = Field(
+        "generated", min_length=1, description="folder, or a .wav name if there is one piece"
+    )
+    overwrite: bool = Field(False, description="replace existing files of the same name")
+    device: Device = Field("auto", description="auto, cuda, mps or cpu")

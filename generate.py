@@ -1,0 +1,149 @@
+"""Generate music with a fine-tuned MusicGen: `python generate.py --prompt="slow piano waltz"`."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from config import GenerateConfig
+from flags import UserError, parse, plain_errors
+
+if TYPE_CHECKING:  # at run time not before the flags are known to be good
+    import torch
+
+    from musicgen import MusicGen
+
+OUT_OF_MEMORY = "Use less: fewer --variations; a shorter --overlap; a smaller --model_id."
+
+
+def main() -> None:
+    with plain_errors(OUT_OF_MEMORY):
+        run(parse(GenerateConfig))
+
+
+def run(config: GenerateConfig) -> list[Path]:
+    """Write a wav for each prompt and variation; returns their paths.
+
+    Errors: UserError for what the user can mend.
+    """
+    paths = _output_paths(config)
+    for path in (path for group in paths for path in group):
+        if path.exists() and not config.overwrite:
+            raise UserError(f"{path} exists: give another --output or --seed, or --overwrite=1")
+    if config.weights_path and not Path(config.weights_path).is_file():
+        raise UserError(
+            f"--weights_path={config.weights_path}: no such file; give the lm_final.pt that run.py "
+            "left, or --weights_path=None for the model as it was"
+        )
+    if config.prompt_audio and not Path(config.prompt_audio).is_file():
+        raise UserError(f"--prompt_audio={config.prompt_audio}: no such file")
+
+    import torch
+    from tqdm import tqdm
+
+    import musicgen
+    import sampling
+
+    device = musicgen.choose_device(config.device)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    model = musicgen.load(_model_id(config), device, dtype)
+    if config.weights_path:
+        musicgen.load_weights(model.lm, config.weights_path)
+    if not config.overlap < model.max_duration:
+        raise UserError(
+            f"--overlap={config.overlap:g}: must be less than the model's window of "
+            f"{model.max_duration:g} s"
+        )
+    opening = _opening(config, model)
+    frames = sampling.to_frames(model, config.duration) * len(config.prompt)
+    written = []
+    with tqdm(total=frames, unit="frame", desc="generating", mininterval=1) as bar:
+        for prompt, names in zip(config.prompt, paths, strict=True):
+            wavs = sampling.generate(
+                model,
+                prompt,
+                duration_sec=config.duration,
+                overlap_sec=config.overlap,
+                seed=config.seed,
+                variations=config.variations,
+                opening=opening,
+                sampling=sampling.Sampling(
+                    config.top_k, config.top_p, config.temperature, config.cfg_coef
+                ),
+                on_frame=lambda: bar.update(min(1, bar.total - bar.n)),
+            )
+            for path, wav in zip(names, wavs, strict=True):
+                sampling.write_wav(path, wav, model.sample_rate)
+                written.append(path)
+    for path in written:
+        print(path)
+    return written
+
+
+def _output_paths(config: GenerateConfig) -> list[list[Path]]:
+    """A wav name for each variation of each prompt.
+
+    Example: "Slow piano, 90 bpm", seed 3 -> slow-piano-90-bpm_3_1.wav, the second .._3_2.wav
+    """
+    output = Path(config.output).expanduser()
+    if output.suffix.lower() == ".wav":
+        if len(config.prompt) * config.variations > 1:
+            raise UserError(
+                f"--output={config.output}: one file for "
+                f"{len(config.prompt) * config.variations} pieces; name a folder"
+            )
+        return [[output]]
+    if output.is_file():
+        raise UserError(f"--output={config.output}: is a file; name a folder, or a .wav file")
+    groups: list[list[Path]] = []
+    taken: set[str] = set()
+    for number, prompt in enumerate(config.prompt, start=1):
+        words = re.findall(r"\w+", prompt.lower())
+        slug = "-".join(words)[:60].strip("-") or "empty"
+        if slug in taken:
+            slug = f"{slug}-{number}"
+        taken.add(slug)
+        stem = f"{slug}_{config.seed}"
+        numbered = [f"{stem}_{n + 1}.wav" for n in range(config.variations)]
+        groups.append(
+            [output / n for n in (numbered if config.variations > 1 else [f"{stem}.wav"])]
+        )
+    return groups
+
+
+def _model_id(config: GenerateConfig) -> str:
+    """--model_id, or what run.py noted beside the weights, or small."""
+    from checkpoint import CONFIG, read_json
+
+    if config.model_id:
+        return config.model_id
+    noted = read_json(Path(config.weights_path).parent / CONFIG) if config.weights_path else None
+    return noted["flags"]["model_id"] if noted else "small"
+
+
+def _opening(config: GenerateConfig, model: "MusicGen") -> "torch.Tensor | None":
+    """The codes `[1, K, T]` of the last `overlap` seconds of --prompt_audio."""
+    if not config.prompt_audio:
+        return None
+    import soundfile as sf
+    import torch
+
+    import musicgen
+    from dataset import read_crop
+
+    try:
+        info = sf.info(config.prompt_audio)
+        frames = min(info.frames, round(config.overlap * info.samplerate))
+        wav = read_crop(
+            Path(config.prompt_audio),
+            info.frames - frames,
+            frames,
+            model.sample_rate,
+            model.audio_channels,
+        )
+    except (sf.SoundFileError, ValueError) as error:
+        raise UserError(f"--prompt_audio={config.prompt_audio}: {error}") from None
+    return musicgen.encode_audio(model, torch.from_numpy(wav)[None].to(model.device))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,379 @@
+"""audiocraft in one place: load a MusicGen, audio -> codes, captions -> embeddings, token loss.
+
+Letters: B batch, C channels, K codebooks, T token frames, S pattern steps, L text tokens,
+D model width, card = codebook size.
+"""
+
+import functools
+import importlib.machinery
+import logging
+import os
+import sys
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from flags import UserError
+
+
+def _stand_in_for_xformers() -> None:
+    """Let audiocraft import without xformers, which many systems have no wheels for.
+
+    audiocraft's attention runs on torch; of xformers it then uses only these three names.
+    """
+    ops = types.ModuleType("xformers.ops")
+    ops.unbind = torch.unbind  # type: ignore[attr-defined]
+    ops.LowerTriangularMask = type("LowerTriangularMask", (), {})  # type: ignore[attr-defined]
+    ops.memory_efficient_attention = None  # type: ignore[attr-defined]
+    package = types.ModuleType("xformers")
+    package.ops = ops  # type: ignore[attr-defined]
+    for module in (package, ops):
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+        sys.modules.setdefault(module.__name__, module)
+
+
+_stand_in_for_xformers()
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of the libraries' own making; nothing a user can act on
+    from audiocraft.models import MusicGen, builders
+    from audiocraft.models.encodec import CompressionModel, HFEncodecCompressionModel
+    from audiocraft.models.lm import LMModel
+    from audiocraft.modules.conditioners import ConditioningAttributes, T5Conditioner
+    from audiocraft.modules.transformer import StreamingTransformerLayer
+    from huggingface_hub import snapshot_download
+    from omegaconf import DictConfig, OmegaConf
+    from transformers import EncodecModel as HFEncodecModel
+    from transformers.utils import logging as transformers_logging
+
+__all__ = ["ConditioningAttributes", "MusicGen"]  # for the other files: not without the shim above
+
+SHORT_NAMES = {name: f"facebook/musicgen-{name}" for name in ("small", "medium", "large")}
+WEIGHTS = ["state_dict.bin", "compression_state_dict.bin"]
+HF_FILES = ["*.json", "*.model", "model.safetensors", "pytorch_model.bin"]
+
+
+def load(model_id: str, device: torch.device, dtype: torch.dtype = torch.float32) -> MusicGen:
+    """Load a MusicGen by short name, Hugging Face id or folder; offline if it is on disk.
+
+    A folder may hold its text encoder in `t5/`; else, and for ids, the Hugging Face cache has it.
+    audiocraft's own `MusicGen.get_pretrained` reads the same files, but asks the hub first and
+    has no say in the number format.
+    Errors: UserError when it is not there, can't be downloaded, or is no text-only MusicGen.
+    """
+    folder = _find_model(model_id)
+    package = _read_package(folder / WEIGHTS[0], model_id)
+    cfg = OmegaConf.create(package["xp.cfg"])
+    _check_supported(cfg, model_id)
+    cfg.device = str(device)
+    cfg.dtype = str(dtype).removeprefix("torch.")
+    with warnings.catch_warnings(), _quiet_transformers():
+        warnings.simplefilter("ignore")
+        lm = _build_lm(cfg, folder)
+        lm.load_state_dict(package["best_state"])
+        codec = _load_codec(folder, model_id, device)
+    lm.cfg = cfg
+    return MusicGen(model_id, codec, lm.eval())
+
+
+def choose_device(name: str) -> torch.device:
+    """What --device asks for; auto = CUDA, else MPS, else the CPU. Errors: UserError."""
+    has = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind in has if has[kind])
+    if not has[name]:
+        raise UserError(
+            f"--device={name}: torch sees no such device on this machine; leave the flag out, or "
+            "install the torch that fits its driver"
+        )
+    return torch.device(name)
+
+
+def load_weights(lm: LMModel, path: str) -> None:
+    """Load an lm_*.pt into a model. Errors: UserError if it is damaged or of another model."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no class for "this is not my file"
+        raise UserError(f"{path} can't be read as weights ({type(error).__name__})") from None
+    try:
+        lm.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{path} does not fit the model: give the --model_id that it was tuned from "
+            f"({' '.join(line.strip() for line in reason[:2])[:300]})"
+        ) from None
+
+
+def _find_model(model_id: str) -> Path:
+    path = Path(model_id).expanduser()
+    if not path.is_dir():
+        if model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1 or path.exists():
+            raise UserError(f"--model_id={model_id}: no such folder")
+        repo = SHORT_NAMES.get(model_id, model_id)
+        path = _hub_folder(repo, WEIGHTS, WEIGHTS, os.environ.get("AUDIOCRAFT_CACHE_DIR"))
+    missing = [name for name in WEIGHTS if not (path / name).is_file()]
+    if missing:
+        raise UserError(
+            f"--model_id={model_id}: no MusicGen in audiocraft's exported format: "
+            f"{' and '.join(missing)} not found in it"
+        )
+    return path
+
+
+def _hub_folder(
+    repo: str, patterns: list[str], needed: list[str], cache_dir: str | None = None
+) -> Path:
+    """The local snapshot of a Hugging Face repository; downloaded only if it is not complete."""
+    fetch = functools.partial(snapshot_download, repo, allow_patterns=patterns, cache_dir=cache_dir)
+    try:
+        path = Path(fetch(local_files_only=True))
+        if all(any(path.glob(name)) for name in needed):
+            return path
+    except (OSError, ValueError):  # not in the cache, or no valid id: the hub's answer says which
+        pass
+    try:
+        return Path(fetch())
+    except Exception as error:  # offline, no such id, no access: each a class of its own
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{repo} is not in the Hugging Face cache and could not be downloaded"
+            f" ({type(error).__name__}: {reason[0] if reason else 'no reason given'}).\n"
+            "Connect to the network once, or give --model_id a folder with "
+            f"{' and '.join(WEIGHTS)}, or one of {', '.join(SHORT_NAMES)}."
+        ) from None
+
+
+def _read_package(path: Path, model_id: str) -> dict[str, Any]:
+    try:
+        package = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no class for "this is not my file"
+        raise UserError(
+            f"--model_id={model_id}: {path.name} can't be read ({type(error).__name__}); "
+            "it is damaged or no torch file: download or export it again"
+        ) from None
+    if not isinstance(package, dict) or not ({"xp.cfg", "pretrained"} & package.keys()):
+        raise UserError(
+            f"--model_id={model_id}: {path.name} is not in audiocraft's exported format"
+        )
+    return package
+
+
+def _check_supported(cfg: DictConfig, model_id: str) -> None:
+    conditioners = {k: v.model for k, v in cfg.conditioners.items() if k != "args"}
+    if cfg.lm_model != "transformer_lm" or list(conditioners.values()) != ["t5"]:
+        raise UserError(
+            f"--model_id={model_id}: a {cfg.lm_model} conditioned on "
+            f"{', '.join(conditioners) or 'nothing'}; only MusicGen models conditioned on text "
+            "alone can be trained: small, medium, large and their stereo versions"
+        )
+
+
+def _build_lm(cfg: DictConfig, folder: Path) -> LMModel:
+    (name,) = (key for key in cfg.conditioners if key != "args")
+    text_encoder = cfg.conditioners[name].t5.name
+    local = folder / "t5"
+    if not local.is_dir():
+        local = _hub_folder(text_encoder, HF_FILES, ["config.json", "*model.[sb]*"])
+    # audiocraft takes a text encoder only by a name on its list, and then asks the hub for it.
+    t5_config = OmegaConf.load(local / "config.json")
+    T5Conditioner.MODELS.append(str(local))
+    T5Conditioner.MODELS_DIMS[str(local)] = t5_config.d_model
+    cfg.conditioners[name].t5.name = str(local)
+    try:
+        lm = builders.get_lm_model(cfg)
+    finally:
+        cfg.conditioners[name].t5.name = text_encoder
+        T5Conditioner.MODELS.remove(str(local))
+    conditioner = text_conditioner(lm)
+    conditioner.word_dropout = 0.0  # on in the published configs; here the dataset does it
+    return lm
+
+
+def _load_codec(folder: Path, model_id: str, device: torch.device) -> CompressionModel:
+    package = _read_package(folder / WEIGHTS[1], model_id)
+    if "pretrained" in package:  # a name instead of weights, as in the stereo models
+        local = folder / "encodec"
+        if not local.is_dir():
+            local = _hub_folder(package["pretrained"], HF_FILES, ["config.json", "*model.[sb]*"])
+        codec = HFEncodecCompressionModel(HFEncodecModel.from_pretrained(local)).to(device)
+    else:
+        cfg = OmegaConf.create(package["xp.cfg"])
+        cfg.device = str(device)
+        codec = builders.get_compression_model(cfg)
+        codec.load_state_dict(package["best_state"])
+    return codec.eval().requires_grad_(False)
+
+
+class _quiet_transformers:
+    """No progress bars and advice while a text encoder loads."""
+
+    def __enter__(self) -> None:
+        self.level = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        transformers_logging.set_verbosity(self.level)
+        transformers_logging.enable_progress_bar()
+
+
+def text_conditioner(lm: LMModel) -> T5Conditioner:
+    """The one text conditioner of a model that `load` has accepted."""
+    (conditioner,) = lm.condition_provider.conditioners.values()
+    return conditioner
+
+
+@torch.no_grad()
+def encode_audio(model: MusicGen, wav: torch.Tensor) -> torch.Tensor:
+    """wav `[B, C, samples]` at the model's rate -> codes `[B, K, T]`; in float32, no autocast."""
+    codes, scale = model.compression_model.encode(wav)
+    assert scale is None, "MusicGen's codecs don't renormalize"
+    return codes
+
+
+class TextEncoder:
+    """Captions -> T5's hidden states, computed once per distinct caption, in float32.
+
+    Each caption is encoded by itself, so that its embedding doesn't depend on its batch. The
+    empty caption is the null condition of classifier-free guidance: zeros, fully masked. (T5 on a
+    fully masked input is NaN in half precision, and NaN * 0 stays NaN.)
+    """
+
+    def __init__(self, lm: LMModel, max_cached: int = 10_000) -> None:
+        self.conditioner = text_conditioner(lm)
+        self._hidden = functools.lru_cache(max_cached)(self._encode)
+
+    @torch.no_grad()
+    def _encode(self, caption: str) -> torch.Tensor:  # [L, width of T5], on the CPU
+        conditioner = self.conditioner
+        inputs = conditioner.t5_tokenizer(
+            [caption], return_tensors="pt", truncation=True, max_length=512
+        ).to(conditioner.t5.device)
+        hidden = conditioner.t5(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+        ).last_hidden_state[0]
+        return hidden.float().cpu()
+
+    def __call__(
+        self, captions: list[str], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states `[B, L, width of T5]`, zero-padded, and mask `[B, L]` (1 = text)."""
+        null = torch.zeros(0, self.conditioner.dim)
+        hidden = [self._hidden(caption) if caption else null for caption in captions]
+        length = max(1, *(len(h) for h in hidden))
+        padded = torch.stack([F.pad(h, (0, 0, 0, length - len(h))) for h in hidden])
+        mask = torch.tensor([[float(i < len(h)) for i in range(length)] for h in hidden])
+        return padded.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+
+
+class TokenLoss(nn.Module):
+    """The forward pass that is trained: the one module for DDP, FSDP or torch.compile to wrap.
+
+    Gives what audiocraft's `LMModel.compute_predictions` and a masked cross entropy per codebook
+    give, but in pattern space and one codebook at a time: no [B, card, K, T] logits are gathered
+    and scattered. As in audiocraft's solver, padded frames are special tokens.
+    """
+
+    def __init__(self, lm: LMModel) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(
+        self,
+        codes: torch.Tensor,  # [B, K, T]
+        valid_frames: torch.Tensor,  # [B]
+        text: torch.Tensor,  # [B, L, width of T5]
+        text_mask: torch.Tensor,  # [B, L]
+    ) -> torch.Tensor:
+        """Sum of cross entropies (nats) over each clip's valid tokens, `[B, K]`."""
+        lm = self.lm
+        B, K, T = codes.shape
+        padding = torch.arange(T, device=codes.device) >= valid_frames[:, None]  # [B, T]
+        codes = codes.masked_fill(padding[:, None], lm.special_token_id)
+        sequence = _interleave(lm, codes, lm.special_token_id)  # [B, K, T] -> [B, K, S]
+        inputs, targets = sequence[..., :-1], sequence[..., 1:]
+
+        x = sum(embed(inputs[:, k]) for k, embed in enumerate(lm.emb))  # [B, S - 1, D]
+        condition = text_conditioner(lm).output_proj(text) * text_mask[..., None]
+        (name,) = lm.condition_provider.conditioners
+        x, condition = lm.fuser(x, {name: (condition, text_mask)})
+        x = lm.transformer(x, cross_attention_src=(condition, text_mask))
+        if lm.out_norm is not None:
+            x = lm.out_norm(x)
+
+        losses = []
+        for k, head in enumerate(lm.linears):
+            loss = F.cross_entropy(
+                head(x).flatten(0, 1),  # [B * (S - 1), card]
+                targets[:, k].flatten(),
+                ignore_index=lm.special_token_id,
+                reduction="none",
+            )
+            losses.append(loss.view(B, -1).sum(1))
+        return torch.stack(losses, dim=1)
+
+
+def token_counts(lm: LMModel, valid_frames: torch.Tensor, frames: int) -> torch.Tensor:
+    """How many tokens of each codebook are trained on, `[K]`, for clips of `frames` frames.
+
+    The last frames of delayed codebooks are outside of the pattern's valid steps.
+    Example: T = 4, delays [0, 1], all valid: [4, 3].
+    """
+    index = torch.arange(frames).expand(1, lm.num_codebooks, frames).contiguous()
+    sequence = _interleave(lm, index, frames)  # [1, K, S], of frame numbers
+    return (sequence < valid_frames.cpu()[:, None, None]).sum((0, 2))
+
+
+def _interleave(lm: LMModel, codes: torch.Tensor, special: int) -> torch.Tensor:
+    pattern = lm.pattern_provider.get_pattern(codes.shape[-1])
+    return pattern.build_pattern_sequence(codes, special, keep_only_valid_steps=True)[0]
+
+
+_attend_unmasked = StreamingTransformerLayer._cross_attention_block
+
+
+def _cross_attention_block(
+    layer: StreamingTransformerLayer,
+    x: torch.Tensor,  # [B, S, D]
+    source: torch.Tensor | tuple[torch.Tensor, torch.Tensor],  # [B, L, D], or with its mask [B, L]
+) -> torch.Tensor:
+    """Cross attention in which a caption's padding has no weight.
+
+    audiocraft attends to the zero vectors that fill up shorter captions in a batch, so that a
+    clip's loss depends on its neighbours' captions; in generation, with one prompt, there is no
+    padding. The null caption keeps its one zero vector.
+    """
+    if isinstance(source, torch.Tensor):
+        return _attend_unmasked(layer, x, source)
+    text, mask = source
+    attention = layer.cross_attention
+    D = attention.embed_dim
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    q = F.linear(x, weight[:D], None if bias is None else bias[:D])
+    kv = F.linear(text, weight[D:], None if bias is None else bias[D:])
+    q, k, v = (
+        t.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, -1))
+    )  # [B, heads, S or L, D / heads]
+    mask = mask.bool()
+    first = torch.arange(mask.shape[1], device=mask.device) == 0
+    x = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=(mask | first)[:, None, None],
+        dropout_p=attention.dropout if layer.training else 0.0,
+    )
+    return layer.dropout_cross(attention.out_proj(x.transpose(1, 2).flatten(2)))
+
+
+StreamingTransformerLayer._cross_attention_block = _cross_attention_block
+logging.getLogger("audiocraft").setLevel(logging.ERROR)

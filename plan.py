@@ -1,0 +1,100 @@
+"""Which clips each optimizer step takes, and which process reads which of them."""
+
+import math
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from dataset import Batch, Clips, Pick, collate
+from flags import UserError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which clips each optimizer step takes, and which process takes which of them.
+
+    An epoch is a random order of all files, cut into steps of `clips_per_step`; its last step
+    takes what is left. Within a step, clips go to the processes in turn.
+
+    Example: 10 files, batches of 2, grad_acc 2, one process: steps of 4, 4 and 2 clips.
+    """
+
+    files: int
+    batch_size: int
+    grad_acc: int
+    epochs: int
+    max_steps: int | None
+    seed: int
+    processes: int = 1
+
+    @property
+    def clips_per_step(self) -> int:
+        return self.batch_size * self.grad_acc * self.processes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.files / self.clips_per_step)
+
+    @property
+    def total_steps(self) -> int:
+        by_epochs = self.steps_per_epoch * self.epochs
+        return min(by_epochs, self.max_steps or by_epochs)
+
+    def step(self, step: int) -> list[Pick]:
+        """All processes' clips of optimizer step `step` (from 0)."""
+        epoch, part = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.files)
+        chosen = order[part * self.clips_per_step : (part + 1) * self.clips_per_step]
+        return [Pick(epoch, int(index)) for index in chosen]
+
+    def batches(self, step: int, rank: int = 0) -> list[list[Pick]]:
+        """Step `step`'s micro-batches for process `rank`: equally many in every process."""
+        return _share(self.step(step), self.batch_size, rank, self.processes)
+
+
+def _share(picks: list[Pick], batch_size: int, rank: int, processes: int) -> list[list[Pick]]:
+    filler = Pick(picks[0].epoch, picks[0].index, weight=False)
+    picks = picks + [filler] * (-len(picks) % processes)
+    mine = picks[rank::processes]
+    return [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+
+
+def train_batches(
+    clips: Clips, plan: Plan, *, start: int, rank: int, workers: int
+) -> Iterator[Batch]:
+    """Micro-batches of steps start, start + 1, ... of a plan, in order, for one process."""
+    steps = range(start, plan.total_steps)
+    picks = (batch for step in steps for batch in plan.batches(step, rank))
+    return _read(clips, picks, workers)
+
+
+def valid_batches(
+    clips: Clips, batch_size: int, *, rank: int, processes: int, workers: int
+) -> Iterator[Batch]:
+    """Every track's crop of epoch 0, always the same one, shared among the processes."""
+    picks = [Pick(0, index) for index in range(len(clips))]
+    return _read(clips, _share(picks, batch_size, rank, processes), workers)
+
+
+def _read(clips: Clips, picks: Iterable[list[Pick]], workers: int) -> Iterator[Batch]:
+    loader = DataLoader(
+        clips,
+        batch_sampler=picks,  # type: ignore[arg-type]
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_parent,
+    )
+    for batch in loader:
+        if batch.error:
+            raise UserError(f"{batch.error}; mend the file, then go on with --resume=1")
+        yield batch
+
+
+def _leave_signals_to_parent(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

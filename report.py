@@ -1,0 +1,162 @@
+"""What a person looks at: lines on the screen, metrics.jsonl, training.png, wandb."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+import checkpoint
+from config import Config
+from flags import UserError
+
+DRAW_EVERY_SEC = 30.0
+DRAW_SHARE = 0.01  # of the time, at the most, goes into pictures
+
+
+class Report:
+    """Of one run, kept by its first process. A row is a dict with `step`; None values are left out.
+
+    Args:
+        last_step: rows beyond this one are of a run that was stopped later than its resume state;
+            they are dropped, and come again. None = nothing is kept.
+        wandb_id: of the run to go on with, if it was logged to wandb.
+    """
+
+    def __init__(
+        self, config: Config, last_step: int | None, facts: dict[str, Any], wandb_id: str | None
+    ) -> None:
+        self.folder = Path(config.output_dir)
+        self.path = self.folder / checkpoint.METRICS
+        self.rows: list[dict[str, Any]] = []
+        if last_step is not None:
+            self.rows = [row for row in read_rows(self.path) if _is_before(row, last_step)]
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        checkpoint.write(self.path, lambda file: file.write(lines.encode()))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the run)
+        self._next_draw = 0.0
+        self._wandb = _start_wandb(config, facts, wandb_id) if config.use_wandb else None
+
+    @property
+    def wandb_id(self) -> str | None:
+        return self._wandb.id if self._wandb else None
+
+    def log(self, row: dict[str, Any], line: str) -> None:
+        """One row: to the screen, to metrics.jsonl and to wandb."""
+        print(line, flush=True)
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._wandb:
+            self._wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        if time.monotonic() >= self._next_draw:
+            self.draw()
+
+    def log_sample(self, step: int, path: Path, prompt: str) -> None:
+        print(f"sample {path}: {prompt}", flush=True)
+        if self._wandb:
+            import wandb
+
+            audio = wandb.Audio(str(path), caption=prompt)
+            self._wandb.log({f"samples/{path.stem.split('_', 2)[-1]}": audio}, step=step)
+
+    def draw(self) -> None:
+        start = time.monotonic()
+        figure = plot(self.rows)
+        checkpoint.write(
+            self.folder / checkpoint.PICTURE, lambda file: figure.savefig(file, format="png")
+        )
+        took = time.monotonic() - start
+        self._next_draw = time.monotonic() + max(DRAW_EVERY_SEC, took / DRAW_SHARE)
+
+    def close(self, *, failed: bool) -> None:
+        if self.rows:
+            self.draw()
+        self._file.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=int(failed))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that was cut off by a kill is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def _is_before(row: dict[str, Any], step: int) -> bool:
+    """Whether a row is not made again by a run that goes on after `step` steps."""
+    return row["step"] <= step if "loss" in row else row["step"] < step
+
+
+def plot(rows: list[dict[str, Any]]) -> Figure:
+    """Losses above, learning rate below, over steps."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    trained = [row for row in rows if "loss" in row]
+    validated = [row for row in rows if "valid_loss" in row]
+    steps = [row["step"] for row in trained]
+    losses = [row["loss"] for row in trained]
+    loss.plot(steps, losses, color="tab:blue", alpha=0.35, label="training, each step")
+    loss.plot(steps, _smooth(losses), color="tab:blue", label="training, smoothed")
+    if validated:
+        at = [row["step"] for row in validated]
+        loss.plot(at, [r["valid_loss"] for r in validated], "o-", color="tab:red", label="held out")
+        for k in range(len(validated[0]["valid_loss_codebooks"])):
+            loss.plot(
+                at,
+                [row["valid_loss_codebooks"][k] for row in validated],
+                ":",
+                color="tab:red",
+                alpha=0.5,
+                label="held out, each codebook" if k == 0 else None,
+            )
+    loss.set_ylabel("cross entropy (nats per token)")
+    loss.grid(alpha=0.3)
+    loss.legend()
+    rate.plot(steps, [row["lr"] for row in trained], color="tab:green")
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("optimizer step")
+    rate.grid(alpha=0.3)
+    return figure
+
+
+def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average that starts at the first value."""
+    out: list[float] = []
+    for n, value in enumerate(values):
+        w = min(weight, n / (n + 1))
+        out.append(w * out[-1] + (1 - w) * value if out else value)
+    return out
+
+
+def _start_wandb(config: Config, facts: dict[str, Any], run_id: str | None) -> Any:
+    import wandb  # only when asked for: it starts a process and wants an account
+
+    try:
+        return wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_name,
+            dir=config.output_dir,
+            config={**config.model_dump(), **facts},
+            id=run_id,
+            resume="allow",
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"--use_wandb=1: wandb could not start ({error}); run `wandb login` once, or set "
+            "WANDB_MODE=offline, or leave the flag out"
+        ) from None
+
+
+def format_seconds(seconds: float) -> str:
+    """Example: 3725 -> '1:02:05'."""
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"

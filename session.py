@@ -1,0 +1,349 @@
+"""Config -> Session: model, data, plan and optimizer of one run; saved and restored.
+
+Letters: K codebooks, T token frames.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import checkpoint
+import dataset
+import musicgen
+from config import Config
+from dataset import Clips, Track
+from ema import EMA
+from flags import UserError
+from musicgen import MusicGen, TextEncoder, TokenLoss
+from plan import Plan
+from report import Report, format_seconds
+
+BETAS = (0.9, 0.95)
+# What may differ when a run is resumed (batch_size and grad_acc: if their product is the same);
+# every other flag shapes the training. The files are compared by what is in them.
+FREE_TO_CHANGE = {
+    *("dataset_path", "batch_size", "grad_acc", "epochs", "max_steps", "output_dir", "resume"),
+    *("overwrite", "device", "grad_checkpointing", "num_workers", "valid_path", "valid_split"),
+    *("valid_step", "sample_step", "sample_prompts", "sample_duration", "save_step"),
+    *("keep_checkpoints", "save_dtype", "use_wandb", "wandb_project", "wandb_name"),
+}
+
+
+@dataclass
+class Session:
+    """Everything that the training loop works with. `step` optimizer steps are done.
+
+    `module` is the TokenLoss as Accelerate wraps it; `trained` are the parameters that learn.
+    `report` is None in all but the first process.
+    """
+
+    config: Config
+    accelerator: Accelerator
+    model: MusicGen
+    text_encoder: TextEncoder
+    module: nn.Module
+    trained: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    ema: EMA | None
+    clips: Clips
+    valid_clips: Clips
+    plan: Plan
+    frames: int  # T
+    warmup: int
+    prompts: list[str]
+    step: int = 0
+    is_whole: bool = True  # False inside an update: the weights are of no step then
+    report: Report | None = None
+    wandb_id: str | None = None
+
+    @contextlib.contextmanager
+    def update(self) -> Iterator[None]:
+        """Around the change of the weights; counts the step."""
+        self.is_whole = False
+        yield
+        self.step += 1
+        self.is_whole = True
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def total(self) -> int:
+        return self.plan.total_steps
+
+    @property
+    def valid_step(self) -> int:
+        return self.config.valid_step or max(1, self.total // 10)
+
+    @property
+    def workers(self) -> int:
+        if self.config.num_workers is not None:
+            return self.config.num_workers
+        return min(4, os.cpu_count() or 1, len(self.clips))
+
+    def valid_frames(self, valid_samples: torch.Tensor) -> torch.Tensor:
+        """Whole frames in so many samples; a frame that is part padding is not trained on."""
+        return valid_samples * round(self.model.frame_rate) // self.model.sample_rate
+
+    def learning_rate(self) -> float:
+        """Of the coming step: linear warm-up, then as lr_scheduler says."""
+        config, step = self.config, self.step
+        if step < self.warmup:
+            return config.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.total - self.warmup)  # 0 <= done < 1
+        factor = {
+            "constant": 1.0,
+            "linear": 1 - done,
+            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        }
+        return config.lr * factor[config.lr_scheduler]
+
+    def save_resume(self) -> None:
+        """Write what `--resume=1` needs. Random states are none: they follow from the step."""
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.step,
+            "config": self.config.model_dump(),
+            "clips_per_step": self.plan.clips_per_step,
+            "tracks": checkpoint.fingerprint(self.clips.tracks),
+            "weights": {name: p.detach() for name, p in self.trained.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "scaler": scaler.state_dict() if scaler else None,
+            "wandb_id": self.report.wandb_id if self.report else None,
+        }
+        checkpoint.save(self.output / checkpoint.RESUME, state)
+
+    def save_lm(self, path: Path) -> None:
+        checkpoint.save(path, checkpoint.lm_state_dict(self.model.lm, self.config.save_dtype))
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a resume state. Errors: UserError if it is of another run than the flags'."""
+        old = Config.model_construct(**state["config"])
+        changes = [
+            f"--{name}={getattr(self.config, name)}, was {getattr(old, name)}"
+            for name in Config.model_fields
+            if name not in FREE_TO_CHANGE and getattr(self.config, name) != getattr(old, name)
+        ]
+        if state["clips_per_step"] != self.plan.clips_per_step:
+            changes.append(
+                f"{self.plan.clips_per_step} clips in a step (batch_size x grad_acc x processes), "
+                f"were {state['clips_per_step']}"
+            )
+        if state["tracks"] != checkpoint.fingerprint(self.clips.tracks):
+            changes.append("the dataset's files, lengths or captions, or --valid_split")
+        if changes:
+            raise UserError(
+                "--resume=1 goes on with the run in "
+                f"{self.output}, but this has changed: {'; '.join(changes)}.\nPut it back, or "
+                "start anew with another --output_dir or --overwrite=1"
+            )
+        if state["step"] >= self.total:
+            raise UserError(
+                f"the run in {self.output} is finished ({state['step']} of {self.total} steps): "
+                "raise --epochs or --max_steps to train on"
+            )
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        self.wandb_id = state["wandb_id"]
+
+
+def start(config: Config) -> Session:
+    """Load and check all that a run needs, in the order of what fails soonest, and say so."""
+    output = Path(config.output_dir)
+    tracks = dataset.scan(config.dataset_path, with_captions=not config.no_label)
+    held_out: list[Track] = []
+    if config.valid_path:
+        held_out = dataset.scan(config.valid_path, with_captions=not config.no_label)
+    elif config.valid_split:
+        tracks, held_out = dataset.split(tracks, config.valid_split, config.seed)
+    checkpoint.check_output(output, resume=config.resume, overwrite=config.overwrite)
+    state = checkpoint.load_resume(output) if config.resume else None
+
+    accelerator, why_precision = _start_accelerator(config)
+    model = musicgen.load(config.model_id, accelerator.device)
+    lm = model.lm
+    if config.grad_checkpointing:
+        lm.transformer.checkpointing = "torch"
+    lm.requires_grad_(not config.tune_text)
+    lm.condition_provider.requires_grad_(True)
+    trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
+    module, optimizer = accelerator.prepare(
+        TokenLoss(lm), _make_optimizer(config, trained, accelerator.device)
+    )
+    frames = _crop_frames(config, model, tracks)
+    plan = Plan(
+        files=len(tracks),
+        batch_size=config.batch_size,
+        grad_acc=config.grad_acc,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        seed=config.seed,
+        processes=accelerator.num_processes,
+    )
+    total = plan.total_steps
+    session = Session(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        text_encoder=TextEncoder(lm),
+        module=module,
+        trained=trained,
+        optimizer=optimizer,
+        ema=EMA(list(trained.values()), config.ema_decay) if config.ema_decay else None,
+        clips=_make_clips(config, model, tracks, frames, training=True),
+        valid_clips=_make_clips(config, model, held_out, frames, training=False),
+        plan=plan,
+        frames=frames,
+        warmup=config.warmup_steps if config.warmup_steps < total else total // 10,
+        prompts=config.sample_prompts or list(dict.fromkeys(t.caption for t in tracks))[:2],
+    )
+    if state is not None:
+        session.restore(state)
+    checkpoint.check_space(output, _space_needed(session))
+    accelerator.wait_for_everyone()  # all have looked at output_dir before the first changes it
+    if accelerator.is_main_process:
+        checkpoint.remove_temporary(output)
+        if config.overwrite:
+            checkpoint.clear(output)
+        facts = _facts(session, why_precision)
+        print("\n".join(f"{name:<11}{fact}" for name, fact in facts.items()), flush=True)
+        checkpoint.write_json(
+            output / checkpoint.CONFIG, {"flags": config.model_dump(), "facts": facts}
+        )
+        session.report = Report(config, session.step if state else None, facts, session.wandb_id)
+    return session
+
+
+def _start_accelerator(config: Config) -> tuple[Accelerator, str]:
+    """The Accelerator for --device and --precision, and why that precision."""
+    device = musicgen.choose_device(config.device).type
+    has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision, why = config.precision, "as asked for"
+    if precision == "auto" and device == "cuda":
+        precision = "bf16" if has_bf16 else "fp16"
+        why = "this GPU has it" if has_bf16 else "this GPU has no bf16"
+    elif precision == "auto":
+        precision, why = "fp32", f"on {device}, slow but exact"
+    if precision == "fp16" and device != "cuda":
+        raise UserError(f"--precision=fp16 needs a CUDA GPU, this is {device}: use fp32 or bf16")
+    if precision == "bf16" and device == "cuda" and not has_bf16:
+        raise UserError("--precision=bf16: this GPU has none: use auto, fp16 or fp32")
+    mixed = "no" if precision == "fp32" else precision
+    return Accelerator(cpu=device == "cpu", mixed_precision=mixed), f"{precision} ({why})"
+
+
+def _make_optimizer(
+    config: Config, trained: dict[str, nn.Parameter], device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW without decay on biases and norms (all that are vectors)."""
+    groups = [
+        {"params": [p for p in trained.values() if p.ndim >= 2]},
+        {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=BETAS,
+        weight_decay=config.weight_decay,
+        fused=device.type in ("cuda", "cpu", "mps"),
+    )
+
+
+def _crop_frames(config: Config, model: MusicGen, tracks: list[Track]) -> int:
+    """T: --duration in token frames, but no more than the longest file has."""
+    if config.duration > model.max_duration:
+        raise UserError(
+            f"--duration={config.duration:g}: {config.model_id} knows pieces of up to "
+            f"{model.max_duration:g} s; give at most that"
+        )
+    longest = max(track.duration_sec for track in tracks)
+    return min(round(config.duration * model.frame_rate), math.ceil(longest * model.frame_rate))
+
+
+def _make_clips(
+    config: Config, model: MusicGen, tracks: list[Track], frames: int, *, training: bool
+) -> Clips:
+    return Clips(
+        tracks,
+        sample_rate=model.sample_rate,
+        channels=model.audio_channels,
+        samples=frames * round(model.sample_rate / model.frame_rate),
+        seed=config.seed,
+        drop_caption=config.cfg_p if training and config.use_cfg else 0.0,
+        drop_word=config.word_dropout if training else 0.0,
+    )
+
+
+def _space_needed(session: Session) -> int:
+    """Bytes on disk at the worst moment: checkpoints, and an old and a new resume state."""
+    config, total = session.config, session.total
+    weights = sum(p.numel() for p in session.trained.values())
+    resume = 4 * weights * (3 + bool(session.ema))  # weights, Adam's two moments, average
+    lm = sum(t.numel() for t in session.model.lm.state_dict().values())
+    lm *= 4 if config.save_dtype == "fp32" else 2
+    if not config.save_step:
+        return lm + resume
+    kept = total // config.save_step
+    if config.keep_checkpoints:
+        kept = min(kept, config.keep_checkpoints + 1)
+    return lm * (1 + kept) + 2 * resume
+
+
+def _facts(session: Session, precision: str) -> dict[str, str]:
+    """What a person wants to know before the first step, a line each."""
+    config, plan, tracks = session.config, session.plan, session.clips.tracks
+    crop_sec = session.frames / session.model.frame_rate
+    short = sum(track.duration_sec < crop_sec for track in tracks)
+    lengths = f"crops of {crop_sec:g} s"
+    if short:
+        lengths += f"; {short} shorter files are padded, the padding is not trained on"
+    warmup = f"{session.warmup}"
+    if session.warmup < config.warmup_steps:
+        warmup += f" (shortened from {config.warmup_steps}: the run has {session.total} steps)"
+    trained = sum(p.numel() for p in session.trained.values())
+    everything = sum(p.numel() for p in session.model.lm.parameters())
+    held_out = session.valid_clips.tracks
+    captions = "none, as no_label=1" if config.no_label else "from .txt files"
+    if config.use_cfg:
+        captions += f", dropped with probability {config.cfg_p:g}"
+    facts = {
+        "data": f"{len(tracks)} files, {format_seconds(_seconds(tracks))} of audio, {lengths}",
+        "held out": f"{len(held_out)} files, {format_seconds(_seconds(held_out))}, every "
+        f"{session.valid_step} steps"
+        if held_out
+        else "none (see --valid_split)",
+        "captions": captions,
+        "model": f"{config.model_id}, {everything / 1e6:.1f} M parameters, "
+        f"{trained / 1e6:.1f} M trained",
+        "device": f"{session.accelerator.device}, {session.accelerator.num_processes} process(es)",
+        "precision": precision,
+        "batch": f"{plan.clips_per_step} clips a step: {config.batch_size} x {config.grad_acc} "
+        f"accumulated x {plan.processes} process(es)",
+        "steps": f"{session.total}: {plan.steps_per_epoch} an epoch, "
+        f"{session.total / plan.steps_per_epoch:g} epochs; warm-up {warmup}",
+        "output": str(session.output),
+    }
+    if session.step:
+        facts["resumed"] = f"after step {session.step}"
+    return facts
+
+
+def _seconds(tracks: list[Track]) -> float:
+    return sum(track.duration_sec for track in tracks)
