@@ -183,7 +183,7 @@ def read_crop(
             wav = file.read(frames, dtype="float32", always_2d=True)  # [frames, channels]
             source_rate = file.samplerate
     except (sf.SoundFileError, OSError) as error:
-        raise ValueError(f"can't be read ({_reason(error)})") from None  # type: ignore[arg-type]
+        raise ValueError(f"can't be read ({_reason(error)})") from None
     if len(wav) < frames:
         raise ValueError(f"ends after {start + len(wav)} frames; it has changed since the start")
     if not np.isfinite(wav).all():

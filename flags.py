@@ -6,6 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fire
@@ -92,7 +93,7 @@ def parse(cls: type[FlagsT], aliases: dict[str, str] | None = None) -> FlagsT:
         + [f"    {name}: {field.description}" for name, field in fields.items()]
     )
     os.environ.setdefault("PAGER", "cat")
-    fire.Fire(command, name=os.path.basename(sys.argv[0]))
+    fire.Fire(command, name=Path(sys.argv[0]).name)
     for name in [name for name in given if len(name) == 1]:  # Fire's help shows -d for some
         matches = [field for field in fields if field.startswith(name)]
         if len(matches) == 1:

@@ -204,7 +204,9 @@ def _load_codec(folder: Path, model_id: str, device: torch.device) -> Compressio
         local = folder / "encodec"
         if not local.is_dir():
             local = _hub_folder(package["pretrained"], HF_FILES, ["config.json", "*model.[sb]*"])
-        codec = HFEncodecCompressionModel(HFEncodecModel.from_pretrained(local)).to(device)
+        codec: CompressionModel = HFEncodecCompressionModel(
+            HFEncodecModel.from_pretrained(local)
+        ).to(device)
     else:
         cfg = OmegaConf.create(package["xp.cfg"])
         cfg.device = str(device)
@@ -229,15 +231,21 @@ class _quiet_transformers:
 def text_conditioner(lm: LMModel) -> T5Conditioner:
     """The one text conditioner of a model that `load` has accepted."""
     (conditioner,) = lm.condition_provider.conditioners.values()
+    assert isinstance(conditioner, T5Conditioner)
     return conditioner
 
 
 @torch.no_grad()
 def encode_audio(model: MusicGen, wav: torch.Tensor) -> torch.Tensor:
-    """wav `[B, C, samples]` at the model's rate -> codes `[B, K, T]`; in float32, no autocast."""
-    codes, scale = model.compression_model.encode(wav)
-    assert scale is None, "MusicGen's codecs don't renormalize"
-    return codes
+    """wav `[B, C, samples]` at the model's rate -> codes `[B, K, T]`; in float32, no autocast.
+
+    On a GPU as one batch. On the CPU, where that is no faster, clip by clip: there a batch rounds
+    differently from a single clip, and of a nearly tied code another one wins.
+    """
+    parts = wav.split(1) if wav.device.type == "cpu" else [wav]
+    encoded = [model.compression_model.encode(part) for part in parts]
+    assert all(scale is None for _, scale in encoded), "MusicGen's codecs don't renormalize"
+    return torch.cat([codes for codes, _ in encoded])
 
 
 class TextEncoder:
@@ -296,7 +304,7 @@ class TokenLoss(nn.Module):
     ) -> torch.Tensor:
         """Sum of cross entropies (nats) over each clip's valid tokens, `[B, K]`."""
         lm = self.lm
-        B, K, T = codes.shape
+        B, _, T = codes.shape
         padding = torch.arange(T, device=codes.device) >= valid_frames[:, None]  # [B, T]
         codes = codes.masked_fill(padding[:, None], lm.special_token_id)
         sequence = _interleave(lm, codes, lm.special_token_id)  # [B, K, T] -> [B, K, S]
@@ -342,7 +350,7 @@ _attend_unmasked = StreamingTransformerLayer._cross_attention_block
 
 
 def _cross_attention_block(
-    layer: StreamingTransformerLayer,
+    layer: Any,
     x: torch.Tensor,  # [B, S, D]
     source: torch.Tensor | tuple[torch.Tensor, torch.Tensor],  # [B, L, D], or with its mask [B, L]
 ) -> torch.Tensor:
@@ -375,5 +383,5 @@ def _cross_attention_block(
     return layer.dropout_cross(attention.out_proj(x.transpose(1, 2).flatten(2)))
 
 
-StreamingTransformerLayer._cross_attention_block = _cross_attention_block
+StreamingTransformerLayer._cross_attention_block = _cross_attention_block  # type: ignore
 logging.getLogger("audiocraft").setLevel(logging.ERROR)

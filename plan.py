@@ -83,7 +83,7 @@ def valid_batches(
 def _read(clips: Clips, picks: Iterable[list[Pick]], workers: int) -> Iterator[Batch]:
     loader = DataLoader(
         clips,
-        batch_sampler=picks,  # type: ignore[arg-type]
+        batch_sampler=picks,
         collate_fn=collate,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),

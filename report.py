@@ -34,7 +34,7 @@ class Report:
             self.rows = [row for row in read_rows(self.path) if _is_before(row, last_step)]
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         checkpoint.write(self.path, lambda file: file.write(lines.encode()))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the run)
+        self._file = self.path.open("a", encoding="utf-8")
         self._next_draw = 0.0
         self._wandb = _start_wandb(config, facts, wandb_id) if config.use_wandb else None
 

@@ -3,7 +3,6 @@
 Letters: B batch (variations), C channels, K codebooks, T token frames.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +116,6 @@ def write_wav(path: Path, wav: torch.Tensor, sample_rate: int) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         sf.write(temporary, wav.T.numpy(), sample_rate, subtype="PCM_16", format="WAV")
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -253,7 +253,7 @@ def _make_optimizer(
     config: Config, trained: dict[str, nn.Parameter], device: torch.device
 ) -> torch.optim.AdamW:
     """AdamW without decay on biases and norms (all that are vectors)."""
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trained.values() if p.ndim >= 2]},
         {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
     ]

@@ -1,16 +1,23 @@
 """Small models of the true architecture and made-up audio, shared by all tests."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import soundfile as sf
+import torch
+from accelerate.state import AcceleratorState
+from matplotlib.figure import Figure
 
 import musicgen  # noqa: F401  (before anything imports audiocraft)
+from config import Config
 from demo.tiny import build_musicgen
 
 ROOT = Path(__file__).parent.parent
@@ -18,33 +25,43 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def mono_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_musicgen(tmp_path_factory.mktemp("mono"), segment_sec=10.0)
+    return build_musicgen(tmp_path_factory.mktemp("mono"), segment_sec=20.0)
 
 
 @pytest.fixture(scope="session")
 def stereo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_musicgen(tmp_path_factory.mktemp("stereo"), stereo=True, segment_sec=10.0)
+    return build_musicgen(tmp_path_factory.mktemp("stereo"), stereo=True, segment_sec=20.0)
+
+
+@pytest.fixture(scope="session", params=["mono", "stereo"])
+def model_folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(f"{request.param}_folder")
 
 
 @pytest.fixture
 def make_pairs(tmp_path: Path) -> Callable[..., Path]:
-    """A folder of wav/txt pairs: `make_pairs(seconds=[3.0, 1.5])`; every clip sounds different."""
+    """`make_pairs(seconds=(3.0, 1.5))` writes a folder of pairs below tmp_path."""
 
-    def make(
-        name: str = "dataset",
-        seconds: tuple[float, ...] = (3.0, 2.0, 1.5, 4.0),
-        sample_rate: int = 32_000,
-        channels: int = 1,
-    ) -> Path:
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        for i, length in enumerate(seconds):
-            sf.write(folder / f"clip{i}.wav", tone(i, length, sample_rate, channels), sample_rate)
-            words = "with brushed drums and a bass " * (i % 3)  # of different lengths
-            (folder / f"clip{i}.txt").write_text(f"melody number {i} {words}")
-        return folder
+    def make(name: str = "dataset", **options: Any) -> Path:
+        return write_pairs(tmp_path / name, **options)
 
     return make
+
+
+def write_pairs(
+    folder: Path,
+    *,
+    seconds: tuple[float, ...] = (3.0, 2.0, 1.5, 4.0),
+    sample_rate: int = 32_000,
+    channels: int = 1,
+) -> Path:
+    """A folder of wav/txt pairs; every clip sounds different, captions differ in length."""
+    folder.mkdir(parents=True)
+    for i, length in enumerate(seconds):
+        sf.write(folder / f"clip{i}.wav", tone(i, length, sample_rate, channels), sample_rate)
+        words = "with brushed drums and a bass " * (i % 3)
+        (folder / f"clip{i}.txt").write_text(f"melody number {i} {words}")
+    return folder
 
 
 def tone(seed: int, seconds: float, sample_rate: int = 32_000, channels: int = 1) -> np.ndarray:
@@ -60,6 +77,41 @@ def tone(seed: int, seconds: float, sample_rate: int = 32_000, channels: int = 1
     return out + 0.01 * rng.standard_normal(out.shape)
 
 
+def tiny_config(model: Path, data: Path, output: Path, **flags: Any) -> Config:
+    """Crops of a second, two clips a step, on the CPU, audio read by the main process."""
+    tiny = {"duration": 1.0, "batch_size": 2, "grad_acc": 1, "warmup_steps": 0, "lr": 1e-3}
+    here = {"device": "cpu", "num_workers": 0}
+    paths = {"model_id": str(model), "dataset_path": str(data), "output_dir": str(output)}
+    return Config(**{**paths, **tiny, **here, **flags})
+
+
+@pytest.fixture
+def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Train in this process: `fit(model, data, "run", epochs=2)` -> its output folder."""
+    import report
+    from train import train
+
+    monkeypatch.setattr(report, "plot", lambda rows: Figure(figsize=(1, 1)))  # saves seconds
+
+    def run(model: Path, data: Path, name: str = "run", **flags: Any) -> Path:
+        AcceleratorState._reset_state(reset_partial_state=True)  # one a process: as in a new one
+        train(tiny_config(model, data, tmp_path / name, **flags))
+        return tmp_path / name
+
+    return run
+
+
+def weights(output: Path, step: int | str = "final") -> dict[str, torch.Tensor]:
+    return torch.load(output / f"lm_{step}.pt", weights_only=True)
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, without the times."""
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    times = ("ms", "clips_per_sec")
+    return [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
+
+
 def run_script(
     script: str, *flags: object, timeout: float = 120, **environment: str
 ) -> subprocess.CompletedProcess[str]:
@@ -73,3 +125,32 @@ def run_script(
         text=True,
         timeout=timeout,
     )
+
+
+class Result(NamedTuple):
+    """How a command ended: exit code (0 = well), and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Result]:
+    """A script's main() in this process: `cli(run, "--lr", lr=1e-4)` -> Result."""
+
+    def call(script: ModuleType, *words: str, **flags: object) -> Result:
+        given = [f"--{name}={value}" for name, value in flags.items()]
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words, *given])
+        AcceleratorState._reset_state(reset_partial_state=True)  # one a process: as in a new one
+        capsys.readouterr()
+        code = 0
+        try:
+            script.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return call
