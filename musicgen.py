@@ -4,6 +4,7 @@ Letters: B batch, C channels, K codebooks, T token frames, S pattern steps, L te
 D model width, card = codebook size.
 """
 
+import contextlib
 import functools
 import importlib.machinery
 import logging
@@ -11,6 +12,7 @@ import os
 import sys
 import types
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,22 @@ def _stand_in_for_xformers() -> None:
         sys.modules.setdefault(module.__name__, module)
 
 
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Importing `name` fails inside the block, as if it were not installed."""
+    before = sys.modules.get(name)
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
+
+
 _stand_in_for_xformers()
-with warnings.catch_warnings():
+# flashy, a part of audiocraft, would import wandb, which is for --use_wandb=1 alone.
+with warnings.catch_warnings(), _without("wandb"):
     warnings.simplefilter("ignore")  # of the libraries' own making; nothing a user can act on
     from audiocraft.models import MusicGen, builders
     from audiocraft.models.encodec import CompressionModel, HFEncodecCompressionModel
@@ -179,21 +195,23 @@ def _check_supported(cfg: DictConfig, model_id: str) -> None:
 
 def _build_lm(cfg: DictConfig, folder: Path) -> LMModel:
     (name,) = (key for key in cfg.conditioners if key != "args")
-    text_encoder = cfg.conditioners[name].t5.name
     local = folder / "t5"
     if not local.is_dir():
-        local = _hub_folder(text_encoder, HF_FILES, ["config.json", "*model.[sb]*"])
+        local = _hub_folder(
+            cfg.conditioners[name].t5.name, HF_FILES, ["config.json", "*model.[sb]*"]
+        )
     # audiocraft takes a text encoder only by a name on its list, and then asks the hub for it.
     t5_config = OmegaConf.load(local / "config.json")
     T5Conditioner.MODELS.append(str(local))
     T5Conditioner.MODELS_DIMS[str(local)] = t5_config.d_model
+    published = cfg.conditioners[name].t5.copy()
     cfg.conditioners[name].t5.name = str(local)
-    try:
-        lm = builders.get_lm_model(cfg)
-    finally:
-        cfg.conditioners[name].t5.name = text_encoder
-        T5Conditioner.MODELS.remove(str(local))
+    cfg.conditioners[name].t5.autocast_dtype = None  # it takes no device like cuda:0
+    lm = builders.get_lm_model(cfg)
+    cfg.conditioners[name].t5 = published
+    T5Conditioner.MODELS.remove(str(local))
     conditioner = text_conditioner(lm)
+    conditioner.autocast = torch.autocast(torch.device(cfg.device).type, enabled=False)
     conditioner.word_dropout = 0.0  # on in the published configs; here the dataset does it
     return lm
 
@@ -215,16 +233,16 @@ def _load_codec(folder: Path, model_id: str, device: torch.device) -> Compressio
     return codec.eval().requires_grad_(False)
 
 
-class _quiet_transformers:
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
     """No progress bars and advice while a text encoder loads."""
-
-    def __enter__(self) -> None:
-        self.level = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        transformers_logging.set_verbosity(self.level)
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
         transformers_logging.enable_progress_bar()
 
 

@@ -1,0 +1,25 @@
+"""The README's flag tables are those of the code."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+from config import Config, Flags, GenerateConfig
+
+
+def row(name: str, flags: type[Flags]) -> str:
+    field = flags.model_fields[name]
+    default = "required" if field.is_required() else field.default
+    if isinstance(default, bool):
+        default = int(default)
+    return f"| `--{name}` | {default} | {field.description} |"
+
+
+@pytest.mark.parametrize("flags", [Config, GenerateConfig])
+def test_readme_tells_every_flag(flags: type[Flags]) -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    missing = [row(name, flags) for name in flags.model_fields if row(name, flags) not in lines]
+    assert not missing, "put these rows into README.md:\n" + "\n".join(missing)
+    told = {match[1] for line in lines if (match := re.match(r"\| `--(\w+)` ", line))}
+    assert told == Config.model_fields.keys() | GenerateConfig.model_fields.keys()
