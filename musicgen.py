@@ -211,7 +211,8 @@ def _build_lm(cfg: DictConfig, folder: Path) -> LMModel:
     cfg.conditioners[name].t5 = published
     T5Conditioner.MODELS.remove(str(local))
     conditioner = text_conditioner(lm)
-    conditioner.autocast = torch.autocast(torch.device(cfg.device).type, enabled=False)
+    off = torch.autocast(torch.device(cfg.device).type, enabled=False)
+    conditioner.autocast = off  # type: ignore[assignment]
     conditioner.word_dropout = 0.0  # on in the published configs; here the dataset does it
     return lm
 
