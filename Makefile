@@ -24,8 +24,10 @@ $(INSTALLED): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 10) <= v[:2] <= (3, 13) or sys.exit("Python 3.10 to 3.13 is needed, $(PYTHON) is %d.%d. Name another: make $(or $(MAKECMDGOALS),install) PYTHON=python3.12" % v[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): about 3 GB to download, some minutes without a word."
+	@# audiocraft's metadata pins torch 2.1, so pip must not see it while it installs the rest;
+	@# what audiocraft really imports is in requirements.txt.
+	@$(BIN)/python -m pip uninstall -qq --yes audiocraft
 	@$(PIP) --requirement requirements.txt --requirement requirements-dev.txt
-	@# Its metadata pins torch 2.1; what it really imports is in requirements.txt.
 	@$(PIP) --no-deps $(AUDIOCRAFT)
 	@touch $@
 	@echo "Installed."
