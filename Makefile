@@ -15,7 +15,7 @@ help:
 	@echo "make demo      fine-tune a tiny MusicGen on a small dataset, on any machine"
 	@echo "make test      run the tests"
 	@echo "make lint      check style and types"
-	@echo "make clean     delete $(VENV) and caches; models/ stays"
+	@echo "make clean     delete $(VENV), caches and demo/work/; models/ and generated/ stay"
 
 install: $(INSTALLED)
 
@@ -44,5 +44,5 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo/work
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

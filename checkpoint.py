@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +19,7 @@ from flags import UserError
 
 FINAL = "lm_final.pt"
 RESUME = "resume.pt"
-CONFIG = "config.json"
+RUN = "run.json"
 METRICS = "metrics.jsonl"
 PICTURE = "training.png"
 SAMPLES = "samples"
@@ -64,8 +65,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The lm_<step>.pt of a folder, oldest first."""
-    found = {p: re.fullmatch(r"lm_(\d+)\.pt", p.name) for p in folder.glob("lm_*.pt")}
-    return sorted((p for p, match in found.items() if match), key=lambda p: int(p.stem[3:]))
+    named = [(re.fullmatch(r"lm_(\d+)\.pt", p.name), p) for p in folder.glob("lm_*.pt")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -88,10 +89,9 @@ def load_resume(folder: Path) -> dict[str, Any]:
 
 
 def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse to start over an earlier run's files. Removes nothing."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir={folder}: is a file; name a folder")
-    made = _made_by_a_run(folder)
+    """Refuse to start over an earlier run's weights. Removes nothing."""
+    check_writable(folder, "--output_dir")
+    made = weights(folder)
     if made and not resume and not overwrite:
         go_on = ", --resume=1 to go on with it" if (folder / RESUME) in made else ""
         names = ", ".join(path.name for path in made[:5])
@@ -99,36 +99,51 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
             f"--output_dir={folder} holds an earlier run ({names}): give another --output_dir"
             f"{go_on}, or --overwrite=1 to replace it"
         )
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Make a folder if it is missing. Errors: UserError if it can't be made or written to."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{flag}={folder}: is a file; name a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write_test.tmp"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise UserError(f"--output_dir={folder}: can't be written to ({error.strerror})") from None
+        raise UserError(f"{flag}={folder}: can't be written to ({error.strerror})") from None
 
 
-def clear(folder: Path) -> None:
-    """Remove an earlier run's files (and its alone) from an output folder."""
-    for path in _made_by_a_run(folder):
+def weights(folder: Path) -> list[Path]:
+    """The files of a run that took time to make."""
+    return checkpoints(folder) + [p for name in (FINAL, RESUME) if (p := folder / name).exists()]
+
+
+def clear_weights(folder: Path) -> None:
+    for path in weights(folder):
         path.unlink()
+
+
+def clear_samples(folder: Path) -> None:
+    for path in (folder / SAMPLES).glob("step_*.wav"):
+        if re.fullmatch(r"step_\d{6}_\d+\.wav", path.name):
+            path.unlink()
 
 
 def remove_temporary(folder: Path) -> None:
     """What a killed run may have left half written."""
-    for path in [*folder.glob(".*.tmp"), *(folder / SAMPLES).glob(".*.tmp")]:
+    names = re.compile(r"\.(lm_\w+\.pt|resume\.pt|run\.json|metrics\.jsonl|training\.png)\.tmp")
+    for path in folder.glob(".*.tmp"):
+        if names.fullmatch(path.name):
+            path.unlink()
+    for path in (folder / SAMPLES).glob(".step_*.wav.tmp"):
         path.unlink()
 
 
-def _made_by_a_run(folder: Path) -> list[Path]:
-    names = (FINAL, RESUME, METRICS, PICTURE, CONFIG)
-    made = [folder / name for name in names if (folder / name).exists()]
-    return made + checkpoints(folder) + sorted((folder / SAMPLES).glob("step_*.wav"))
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Errors: UserError when `needed` bytes are not free."""
+def check_space(folder: Path, needed: int, *, replacing: bool) -> None:
+    """Errors: UserError when `needed` bytes are not free, or taken by what will be replaced."""
     free = shutil.disk_usage(folder).free
+    if replacing:
+        free += sum(path.stat().st_size for path in weights(folder))
     if free < needed:
         raise UserError(
             f"--output_dir={folder}: this run's checkpoints need {needed / GIB:.1f} GiB and "

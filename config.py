@@ -18,6 +18,11 @@ def _existing_folder(value: str) -> str:
     return str(path)
 
 
+def _expanded(value: str) -> str:
+    """~ is the home folder; a shell doesn't see it after --flag=."""
+    return str(Path(value).expanduser())
+
+
 def _prompts(value: Any) -> Any:
     """A prompt, a list of them written ["one", "two"], or a .txt file with one a line."""
     if not isinstance(value, str):
@@ -37,6 +42,7 @@ def _prompts(value: Any) -> Any:
 
 
 Folder = Annotated[str, AfterValidator(_existing_folder)]
+AnyPath = Annotated[str, Field(min_length=1), AfterValidator(_expanded)]
 Prompts = Annotated[list[str], BeforeValidator(_prompts), Field(min_length=1)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -91,8 +97,8 @@ class Config(Flags):
     max_steps: int | None = Field(
         None, ge=0, description="stop after this many optimizer steps; None or 0 = by epochs"
     )
-    seed: int = Field(0, ge=0, description="of crops, order, dropout and samples")
-    output_dir: str = Field("models", min_length=1, description="folder for everything it writes")
+    seed: int = Field(0, ge=0, lt=2**63, description="of crops, order, dropout and samples")
+    output_dir: AnyPath = Field("models", description="folder for everything it writes")
     resume: bool = Field(False, description="go on with the stopped run in output_dir")
     overwrite: bool = Field(False, description="replace an earlier run's files in output_dir")
 
@@ -193,7 +199,7 @@ class GenerateConfig(Flags):
     prompt: Prompts = Field(
         description='what to play: a prompt, a list ["one", "two"], or a .txt file with one a line'
     )
-    weights_path: str | None = Field(
+    weights_path: AnyPath | None = Field(
         "models/lm_final.pt", description="fine-tuned weights; None = the model as it was"
     )
     model_id: str | None = Field(
@@ -208,7 +214,7 @@ class GenerateConfig(Flags):
         description="beyond the model's window (30 s), the seconds that each further window "
         "starts from; more = more coherent and slower",
     )
-    prompt_audio: str | None = Field(
+    prompt_audio: AnyPath | None = Field(
         None, description="recording to continue; its last `overlap` seconds open the result"
     )
     top_k: int = Field(250, ge=0, description="sample among the k likeliest codes; 0 = all")
@@ -221,10 +227,8 @@ class GenerateConfig(Flags):
     cfg_coef: float = Field(
         3.0, ge=0, description="classifier-free guidance: how closely to follow the prompt"
     )
-    seed: int = Field(0, ge=0, description="same seed, same music (on the same machine)")
+    seed: int = Field(0, ge=0, lt=2**63, description="same seed, same music (on the same machine)")
     variations: int = Field(1, ge=1, description="pieces for each prompt, made together")
-    output: str = Field(
-        "generated", min_length=1, description="folder, or a .wav name if there is one piece"
-    )
+    output: AnyPath = Field("generated", description="folder, or a .wav name if there is one piece")
     overwrite: bool = Field(False, description="replace existing files of the same name")
     device: Device = Field("auto", description="auto, cuda, mps or cpu")

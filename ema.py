@@ -1,7 +1,5 @@
 """An exponential moving average of the trained weights."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,17 +25,9 @@ class EMA:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         get_ema_multi_avg_fn(decay)(self.average, self.parameters, self.updates)
 
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """The averaged weights in the model's place, inside the block."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
     @torch.no_grad()
-    def _swap(self) -> None:
+    def swap(self) -> None:
+        """Exchange the weights and their averages; a second time puts them back, bitwise."""
         for average, parameter in zip(self.average, self.parameters, strict=True):
             kept = parameter.clone()
             parameter.copy_(average)

@@ -13,7 +13,7 @@ from torch import nn
 import checkpoint
 import musicgen
 import sampling
-from musicgen import TokenLoss
+from musicgen import TokenLoss, to_device
 from plan import valid_batches
 from session import Session
 
@@ -48,7 +48,7 @@ def validate(session: Session, on_batch: Callable[[], None]) -> dict[str, Any]:
     ):
         on_batch()
         valid = session.valid_frames(batch.valid_samples)
-        codes = musicgen.encode_audio(session.model, batch.wav.to(accelerator.device))
+        codes = musicgen.encode_audio(session.model, to_device(batch.wav, accelerator.device))
         text, mask = session.text_encoder(batch.captions, accelerator.device)
         with accelerator.autocast():
             losses = loss_module(codes, valid.to(accelerator.device), text, mask)

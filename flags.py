@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import inspect
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -36,9 +37,9 @@ class Flags(BaseModel):
             return value
         if value is True or value == "True":
             raise ValueError("needs a value")
-        if isinstance(value, str) and annotation in (int, int | None):
+        if isinstance(value, str) and "e" in value.lower() and annotation in (int, int | None):
             with contextlib.suppress(ValueError):
-                return float(value)  # pydantic then takes 1000.0 for an integer, not 0.5
+                return float(value)  # 1e3; pydantic takes 1000.0 for an integer, not 0.5
         return value
 
 
@@ -92,7 +93,7 @@ def parse(cls: type[FlagsT], aliases: dict[str, str] | None = None) -> FlagsT:
         [inspect.cleandoc(cls.__doc__ or ""), "", "Args:"]
         + [f"    {name}: {field.description}" for name, field in fields.items()]
     )
-    os.environ.setdefault("PAGER", "cat")
+    os.environ.setdefault("PAGER", "more" if os.name == "nt" else "cat")
     fire.Fire(command, name=Path(sys.argv[0]).name)
     for name in [name for name in given if len(name) == 1]:  # Fire's help shows -d for some
         matches = [field for field in fields if field.startswith(name)]
@@ -104,13 +105,14 @@ def parse(cls: type[FlagsT], aliases: dict[str, str] | None = None) -> FlagsT:
 @contextlib.contextmanager
 def plain_errors(advice_out_of_memory: str) -> Iterator[None]:
     """End the process with a plain message, without a traceback, where the user can help it."""
+    for stream in (sys.stdout, sys.stderr):  # a caption that a console can't show is no error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:
         _exit(str(error))
-    except KeyboardInterrupt as interrupt:
-        if interrupt.args:
-            print(interrupt.args[0], file=sys.stderr)
+    except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         if not is_out_of_memory(error):
@@ -126,6 +128,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or "out of memory" in text
         or "can't allocate memory" in text
+        or "not enough memory" in text
+        or "CUBLAS_STATUS_ALLOC_FAILED" in text
     )
 
 

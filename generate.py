@@ -40,15 +40,17 @@ def run(config: GenerateConfig) -> list[Path]:
     import torch
     from tqdm import tqdm
 
+    import checkpoint
     import musicgen
     import sampling
 
+    checkpoint.check_writable(paths[0][0].parent, "--output")
     device = musicgen.choose_device(config.device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     model = musicgen.load(_model_id(config), device, dtype)
     if config.weights_path:
         musicgen.load_weights(model.lm, config.weights_path)
-    if not config.overlap < model.max_duration:
+    if sampling.to_frames(model, config.overlap) >= sampling.to_frames(model, model.max_duration):
         raise UserError(
             f"--overlap={config.overlap:g}: must be less than the model's window of "
             f"{model.max_duration:g} s"
@@ -84,7 +86,7 @@ def _output_paths(config: GenerateConfig) -> list[list[Path]]:
 
     Example: "Slow piano, 90 bpm", seed 3 -> slow-piano-90-bpm_3_1.wav, the second .._3_2.wav
     """
-    output = Path(config.output).expanduser()
+    output = Path(config.output)
     if output.suffix.lower() == ".wav":
         if len(config.prompt) * config.variations > 1:
             raise UserError(
@@ -99,7 +101,7 @@ def _output_paths(config: GenerateConfig) -> list[list[Path]]:
     for number, prompt in enumerate(config.prompt, start=1):
         words = re.findall(r"\w+", prompt.lower())
         slug = "-".join(words)[:60].strip("-") or "empty"
-        if slug in taken:
+        while slug in taken:
             slug = f"{slug}-{number}"
         taken.add(slug)
         stem = f"{slug}_{config.seed}"
@@ -112,12 +114,10 @@ def _output_paths(config: GenerateConfig) -> list[list[Path]]:
 
 def _model_id(config: GenerateConfig) -> str:
     """--model_id, or what run.py noted beside the weights, or small."""
-    from checkpoint import CONFIG, read_json
+    from checkpoint import RUN, read_json
 
-    if config.model_id:
-        return config.model_id
-    noted = read_json(Path(config.weights_path).parent / CONFIG) if config.weights_path else None
-    return noted["flags"]["model_id"] if noted else "small"
+    noted = read_json(Path(config.weights_path).parent / RUN) if config.weights_path else None
+    return config.model_id or (noted or {}).get("model_id", "small")
 
 
 def _opening(config: GenerateConfig, model: "MusicGen") -> "torch.Tensor | None":
@@ -129,9 +129,12 @@ def _opening(config: GenerateConfig, model: "MusicGen") -> "torch.Tensor | None"
 
     import musicgen
     from dataset import read_crop
+    from sampling import to_frames
 
     try:
         info = sf.info(config.prompt_audio)
+        if info.frames == 0:
+            raise ValueError("holds no audio")
         frames = min(info.frames, round(config.overlap * info.samplerate))
         wav = read_crop(
             Path(config.prompt_audio),
@@ -142,7 +145,8 @@ def _opening(config: GenerateConfig, model: "MusicGen") -> "torch.Tensor | None"
         )
     except (sf.SoundFileError, ValueError) as error:
         raise UserError(f"--prompt_audio={config.prompt_audio}: {error}") from None
-    return musicgen.encode_audio(model, torch.from_numpy(wav)[None].to(model.device))
+    codes = musicgen.encode_audio(model, torch.from_numpy(wav)[None].to(model.device))
+    return codes[..., -to_frames(model, config.overlap) :]
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ D model width, card = codebook size.
 import contextlib
 import functools
 import importlib.machinery
+import json
 import logging
 import os
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flags import UserError
+from flags import UserError, is_out_of_memory
 
 
 def _stand_in_for_xformers() -> None:
@@ -63,6 +64,7 @@ with warnings.catch_warnings(), _without("wandb"):
     from audiocraft.modules.transformer import StreamingTransformerLayer
     from huggingface_hub import snapshot_download
     from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
     from transformers import EncodecModel as HFEncodecModel
     from transformers.utils import logging as transformers_logging
 
@@ -70,7 +72,10 @@ __all__ = ["ConditioningAttributes", "MusicGen"]  # for the other files: not wit
 
 SHORT_NAMES = {name: f"facebook/musicgen-{name}" for name in ("small", "medium", "large")}
 WEIGHTS = ["state_dict.bin", "compression_state_dict.bin"]
-HF_FILES = ["*.json", "*.model", "model.safetensors", "pytorch_model.bin"]
+HF_FILES = ["*.json", "*.model", "model.safetensors"]
+HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+T5_NEEDS = [("config.json",), HF_WEIGHTS, ("tokenizer.json", "spiece.model")]
+CODEC_NEEDS = [("config.json",), HF_WEIGHTS]
 
 
 def load(model_id: str, device: torch.device, dtype: torch.dtype = torch.float32) -> MusicGen:
@@ -82,18 +87,27 @@ def load(model_id: str, device: torch.device, dtype: torch.dtype = torch.float32
     Errors: UserError when it is not there, can't be downloaded, or is no text-only MusicGen.
     """
     folder = _find_model(model_id)
-    package = _read_package(folder / WEIGHTS[0], model_id)
-    cfg = OmegaConf.create(package["xp.cfg"])
-    _check_supported(cfg, model_id)
-    cfg.device = str(device)
-    cfg.dtype = str(dtype).removeprefix("torch.")
-    with warnings.catch_warnings(), _quiet_transformers():
-        warnings.simplefilter("ignore")
-        lm = _build_lm(cfg, folder)
-        lm.load_state_dict(package["best_state"])
-        codec = _load_codec(folder, model_id, device)
-    lm.cfg = cfg
-    return MusicGen(model_id, codec, lm.eval())
+    try:
+        with warnings.catch_warnings(), _quiet_transformers():
+            warnings.simplefilter("ignore")
+            lm = _load_lm(folder, model_id, device, dtype)
+            codec = _load_codec(folder, model_id, device)
+    except (OmegaConfBaseException, KeyError, RuntimeError, OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines() or ["no reason given"]
+        raise UserError(
+            f"--model_id={model_id}: is no MusicGen that can be loaded "
+            f"({type(error).__name__}: {reason[0][:300]}); download or export it again"
+        ) from error
+    return _Model(model_id, codec, lm.eval())
+
+
+class _Model(MusicGen):
+    """MusicGen whose constructor also takes models of short pieces (its own wants over 18 s)."""
+
+    def set_generation_params(self, **params: Any) -> None:  # type: ignore[override]
+        super().set_generation_params(**{"extend_stride": 0.6 * self.max_duration, **params})
 
 
 def choose_device(name: str) -> torch.device:
@@ -131,11 +145,12 @@ def load_weights(lm: LMModel, path: str) -> None:
 
 def _find_model(model_id: str) -> Path:
     path = Path(model_id).expanduser()
-    if not path.is_dir():
+    if model_id in SHORT_NAMES or not path.is_dir():
         if model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1 or path.exists():
             raise UserError(f"--model_id={model_id}: no such folder")
         repo = SHORT_NAMES.get(model_id, model_id)
-        path = _hub_folder(repo, WEIGHTS, WEIGHTS, os.environ.get("AUDIOCRAFT_CACHE_DIR"))
+        needs = [(name,) for name in WEIGHTS]
+        path = _hub_folder(repo, WEIGHTS, needs, os.environ.get("AUDIOCRAFT_CACHE_DIR"))
     missing = [name for name in WEIGHTS if not (path / name).is_file()]
     if missing:
         raise UserError(
@@ -146,13 +161,16 @@ def _find_model(model_id: str) -> Path:
 
 
 def _hub_folder(
-    repo: str, patterns: list[str], needed: list[str], cache_dir: str | None = None
+    repo: str, patterns: list[str], needs: Sequence[tuple[str, ...]], cache_dir: str | None = None
 ) -> Path:
-    """The local snapshot of a Hugging Face repository; downloaded only if it is not complete."""
+    """The local snapshot of a Hugging Face repository; downloaded only if it is not complete.
+
+    `needs` are the files that make it complete, each with its alternatives.
+    """
     fetch = functools.partial(snapshot_download, repo, allow_patterns=patterns, cache_dir=cache_dir)
     try:
         path = Path(fetch(local_files_only=True))
-        if all(any(path.glob(name)) for name in needed):
+        if all(any((path / name).exists() for name in names) for names in needs):
             return path
     except (OSError, ValueError):  # not in the cache, or no valid id: the hub's answer says which
         pass
@@ -176,7 +194,9 @@ def _read_package(path: Path, model_id: str) -> dict[str, Any]:
             f"--model_id={model_id}: {path.name} can't be read ({type(error).__name__}); "
             "it is damaged or no torch file: download or export it again"
         ) from None
-    if not isinstance(package, dict) or not ({"xp.cfg", "pretrained"} & package.keys()):
+    exported = isinstance(package, dict) and {"xp.cfg", "best_state"} <= package.keys()
+    named_codec = isinstance(package, dict) and path.name == WEIGHTS[1] and "pretrained" in package
+    if not exported and not named_codec:
         raise UserError(
             f"--model_id={model_id}: {path.name} is not in audiocraft's exported format"
         )
@@ -191,29 +211,49 @@ def _check_supported(cfg: DictConfig, model_id: str) -> None:
             f"{', '.join(conditioners) or 'nothing'}; only MusicGen models conditioned on text "
             "alone can be trained: small, medium, large and their stereo versions"
         )
+    (name,) = conditioners
+    transformer = cfg.transformer_lm
+    unlike_published = {
+        "text is not fused by cross attention": list(cfg.fuser.cross) != [name],
+        "T5 was fine-tuned": cfg.conditioners[name].t5.finetune,
+        "torch's own attention": not (transformer.memory_efficient or transformer.custom),
+        "attention_as_float32": transformer.attention_as_float32,
+        "qk_layer_norm_cross": transformer.get("qk_layer_norm_cross", False),
+    }
+    for what, is_so in unlike_published.items():
+        if is_so:
+            raise UserError(f"--model_id={model_id}: not a model this can train: {what}")
 
 
-def _build_lm(cfg: DictConfig, folder: Path) -> LMModel:
+def _load_lm(folder: Path, model_id: str, device: torch.device, dtype: torch.dtype) -> LMModel:
+    package = _read_package(folder / WEIGHTS[0], model_id)
+    cfg = OmegaConf.create(package["xp.cfg"])
+    _check_supported(cfg, model_id)
+    cfg.device = str(device)
+    cfg.dtype = str(dtype).removeprefix("torch.")
     (name,) = (key for key in cfg.conditioners if key != "args")
     local = folder / "t5"
     if not local.is_dir():
-        local = _hub_folder(
-            cfg.conditioners[name].t5.name, HF_FILES, ["config.json", "*model.[sb]*"]
-        )
+        local = _hub_folder(cfg.conditioners[name].t5.name, HF_FILES, T5_NEEDS)
     # audiocraft takes a text encoder only by a name on its list, and then asks the hub for it.
-    t5_config = OmegaConf.load(local / "config.json")
     T5Conditioner.MODELS.append(str(local))
-    T5Conditioner.MODELS_DIMS[str(local)] = t5_config.d_model
+    T5Conditioner.MODELS_DIMS[str(local)] = json.loads((local / "config.json").read_text())[
+        "d_model"
+    ]
     published = cfg.conditioners[name].t5.copy()
     cfg.conditioners[name].t5.name = str(local)
     cfg.conditioners[name].t5.autocast_dtype = None  # it takes no device like cuda:0
-    lm = builders.get_lm_model(cfg)
+    try:
+        lm = builders.get_lm_model(cfg)
+    finally:
+        T5Conditioner.MODELS.remove(str(local))
     cfg.conditioners[name].t5 = published
-    T5Conditioner.MODELS.remove(str(local))
     conditioner = text_conditioner(lm)
-    off = torch.autocast(torch.device(cfg.device).type, enabled=False)
+    off = torch.autocast(device.type, enabled=False)
     conditioner.autocast = off  # type: ignore[assignment]
     conditioner.word_dropout = 0.0  # on in the published configs; here the dataset does it
+    lm.load_state_dict(package["best_state"])
+    lm.cfg = cfg
     return lm
 
 
@@ -222,7 +262,7 @@ def _load_codec(folder: Path, model_id: str, device: torch.device) -> Compressio
     if "pretrained" in package:  # a name instead of weights, as in the stereo models
         local = folder / "encodec"
         if not local.is_dir():
-            local = _hub_folder(package["pretrained"], HF_FILES, ["config.json", "*model.[sb]*"])
+            local = _hub_folder(package["pretrained"], HF_FILES, CODEC_NEEDS)
         codec: CompressionModel = HFEncodecCompressionModel(
             HFEncodecModel.from_pretrained(local)
         ).to(device)
@@ -252,6 +292,11 @@ def text_conditioner(lm: LMModel) -> T5Conditioner:
     (conditioner,) = lm.condition_provider.conditioners.values()
     assert isinstance(conditioner, T5Conditioner)
     return conditioner
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Without waiting for CUDA. MPS may read a temporary after it is freed, so there it waits."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 @torch.no_grad()
@@ -299,7 +344,7 @@ class TextEncoder:
         length = max(1, *(len(h) for h in hidden))
         padded = torch.stack([F.pad(h, (0, 0, 0, length - len(h))) for h in hidden])
         mask = torch.tensor([[float(i < len(h)) for i in range(length)] for h in hidden])
-        return padded.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+        return to_device(padded, device), to_device(mask, device)
 
 
 class TokenLoss(nn.Module):
@@ -307,7 +352,8 @@ class TokenLoss(nn.Module):
 
     Gives what audiocraft's `LMModel.compute_predictions` and a masked cross entropy per codebook
     give, but in pattern space and one codebook at a time: no [B, card, K, T] logits are gathered
-    and scattered. As in audiocraft's solver, padded frames are special tokens.
+    and scattered. Padded frames are special tokens, as in audiocraft's solver with its
+    `padding_with_special_token`.
     """
 
     def __init__(self, lm: LMModel) -> None:

@@ -88,13 +88,22 @@ def _read(clips: Clips, picks: Iterable[list[Pick]], workers: int) -> Iterator[B
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_parent,
+        generator=torch.Generator(),  # else it draws from the generator that dropout uses
     )
-    for batch in loader:
-        if batch.error:
-            raise UserError(f"{batch.error}; mend the file, then go on with --resume=1")
-        yield batch
+    try:
+        for batch in loader:
+            if batch.error:
+                raise UserError(f"{batch.error}; mend it or move it out of the folder")
+            yield batch
+    except RuntimeError as error:
+        if "shared memory" not in str(error) and "bus error" not in str(error):
+            raise
+        raise UserError(
+            "the processes that read audio have no shared memory left: use --num_workers=0, or "
+            "give a container more (docker run --shm-size=2g)"
+        ) from error
 
 
 def _leave_signals_to_parent(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

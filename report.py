@@ -1,6 +1,7 @@
 """What a person looks at: lines on the screen, metrics.jsonl, training.png, wandb."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,12 @@ class Report:
     Args:
         last_step: rows beyond this one are of a run that was stopped later than its resume state;
             they are dropped, and come again. None = nothing is kept.
-        wandb_id: of the run to go on with, if it was logged to wandb.
+        wandb_run: what `start_wandb` gave, if wandb is asked for.
     """
 
-    def __init__(
-        self, config: Config, last_step: int | None, facts: dict[str, Any], wandb_id: str | None
-    ) -> None:
-        self.folder = Path(config.output_dir)
-        self.path = self.folder / checkpoint.METRICS
+    def __init__(self, folder: Path, last_step: int | None, wandb_run: Any = None) -> None:
+        self.folder = folder
+        self.path = folder / checkpoint.METRICS
         self.rows: list[dict[str, Any]] = []
         if last_step is not None:
             self.rows = [row for row in read_rows(self.path) if _is_before(row, last_step)]
@@ -36,7 +35,7 @@ class Report:
         checkpoint.write(self.path, lambda file: file.write(lines.encode()))
         self._file = self.path.open("a", encoding="utf-8")
         self._next_draw = 0.0
-        self._wandb = _start_wandb(config, facts, wandb_id) if config.use_wandb else None
+        self._wandb = wandb_run
 
     @property
     def wandb_id(self) -> str | None:
@@ -62,11 +61,15 @@ class Report:
             self._wandb.log({f"samples/{path.stem.split('_', 2)[-1]}": audio}, step=step)
 
     def draw(self) -> None:
+        """Bring training.png up to date. That it can't be written is said, and no more."""
         start = time.monotonic()
         figure = plot(self.rows)
-        checkpoint.write(
-            self.folder / checkpoint.PICTURE, lambda file: figure.savefig(file, format="png")
-        )
+        try:
+            checkpoint.write(
+                self.folder / checkpoint.PICTURE, lambda file: figure.savefig(file, format="png")
+            )
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
         took = time.monotonic() - start
         self._next_draw = time.monotonic() + max(DRAW_EVERY_SEC, took / DRAW_SHARE)
 
@@ -136,7 +139,8 @@ def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
     return out
 
 
-def _start_wandb(config: Config, facts: dict[str, Any], run_id: str | None) -> Any:
+def start_wandb(config: Config, facts: dict[str, Any], run_id: str | None) -> Any:
+    """A wandb run, or the one with `run_id` again. Errors: UserError if wandb can't start."""
     import wandb  # only when asked for: it starts a process and wants an account
 
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 import soundfile as sf
 import torch
 
+import checkpoint
 from musicgen import ConditioningAttributes, MusicGen
 
 DECODE_SEC = 30.0  # decoded at a time, so that memory doesn't grow with the length
@@ -113,9 +114,7 @@ def write_wav(path: Path, wav: torch.Tensor, sample_rate: int) -> None:
     if peak > PEAK:
         wav = wav * (PEAK / peak)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        sf.write(temporary, wav.T.numpy(), sample_rate, subtype="PCM_16", format="WAV")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    audio = wav.T.numpy()
+    checkpoint.write(
+        path, lambda file: sf.write(file, audio, sample_rate, subtype="PCM_16", format="WAV")
+    )

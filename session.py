@@ -8,11 +8,13 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 import checkpoint
@@ -24,13 +26,14 @@ from ema import EMA
 from flags import UserError
 from musicgen import MusicGen, TextEncoder, TokenLoss
 from plan import Plan
-from report import Report, format_seconds
+from report import Report, format_seconds, start_wandb
 
 BETAS = (0.9, 0.95)
 # What may differ when a run is resumed (batch_size and grad_acc: if their product is the same);
-# every other flag shapes the training. The files are compared by what is in them.
+# every other flag shapes the training.
 FREE_TO_CHANGE = {
     *("dataset_path", "batch_size", "grad_acc", "epochs", "max_steps", "output_dir", "resume"),
+    *("lr", "precision", "max_grad_norm"),  # the cures of a loss that is not finite
     *("overwrite", "device", "grad_checkpointing", "num_workers", "valid_path", "valid_split"),
     *("valid_step", "sample_step", "sample_prompts", "sample_duration", "save_step"),
     *("keep_checkpoints", "save_dtype", "use_wandb", "wandb_project", "wandb_name"),
@@ -71,6 +74,20 @@ class Session:
         yield
         self.step += 1
         self.is_whole = True
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The weights that are saved and judged: the EMA's inside the block, if there is one."""
+        if self.ema is None:
+            yield
+            return
+        self.is_whole = False
+        self.ema.swap()
+        try:
+            yield
+        finally:
+            self.ema.swap()
+            self.is_whole = True
 
     @property
     def output(self) -> Path:
@@ -139,15 +156,14 @@ class Session:
                 f"{self.plan.clips_per_step} clips in a step (batch_size x grad_acc x processes), "
                 f"were {state['clips_per_step']}"
             )
-        if state["tracks"] != checkpoint.fingerprint(self.clips.tracks):
-            changes.append("the dataset's files, lengths or captions, or --valid_split")
         if changes:
             raise UserError(
                 "--resume=1 goes on with the run in "
                 f"{self.output}, but this has changed: {'; '.join(changes)}.\nPut it back, or "
                 "start anew with another --output_dir or --overwrite=1"
             )
-        if state["step"] >= self.total:
+        step, has_result = state["step"], (self.output / checkpoint.FINAL).exists()
+        if step > self.total or (step == self.total and has_result):
             raise UserError(
                 f"the run in {self.output} is finished ({state['step']} of {self.total} steps): "
                 "raise --epochs or --max_steps to train on"
@@ -184,9 +200,7 @@ def start(config: Config) -> Session:
     lm.requires_grad_(not config.tune_text)
     lm.condition_provider.requires_grad_(True)
     trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
-    module, optimizer = accelerator.prepare(
-        TokenLoss(lm), _make_optimizer(config, trained, accelerator.device)
-    )
+    module, optimizer = accelerator.prepare(TokenLoss(lm), _make_optimizer(config, trained))
     frames = _crop_frames(config, model, tracks)
     plan = Plan(
         files=len(tracks),
@@ -216,19 +230,40 @@ def start(config: Config) -> Session:
     )
     if state is not None:
         session.restore(state)
-    checkpoint.check_space(output, _space_needed(session))
+    checkpoint.check_space(
+        output, _space_needed(session), replacing=config.resume or config.overwrite
+    )
     accelerator.wait_for_everyone()  # all have looked at output_dir before the first changes it
     if accelerator.is_main_process:
-        checkpoint.remove_temporary(output)
-        if config.overwrite:
-            checkpoint.clear(output)
         facts = _facts(session, why_precision)
+        if state is not None:
+            facts |= _changes(session, state)
+        wandb_run = start_wandb(config, facts, session.wandb_id) if config.use_wandb else None
         print("\n".join(f"{name:<11}{fact}" for name, fact in facts.items()), flush=True)
+        checkpoint.remove_temporary(output)
+        if not config.resume:
+            checkpoint.clear_samples(output)  # an earlier run's weights go after the first step
+        folder = Path(config.model_id).expanduser()
+        model_id = str(folder.resolve()) if folder.is_dir() else config.model_id
         checkpoint.write_json(
-            output / checkpoint.CONFIG, {"flags": config.model_dump(), "facts": facts}
+            output / checkpoint.RUN,
+            {"model_id": model_id, "flags": config.model_dump(), "facts": facts},
         )
-        session.report = Report(config, session.step if state else None, facts, session.wandb_id)
+        session.report = Report(output, session.step if state else None, wandb_run)
     return session
+
+
+def _changes(session: Session, state: dict[str, Any]) -> dict[str, str]:
+    """What a resumed run says of itself: from where it goes on, and what is not as it was."""
+    old, new = state["config"], session.config.model_dump()
+    changed = [
+        f"--{name} is {new[name]}, was {old[name]}"
+        for name in ("lr", "precision", "max_grad_norm", "epochs", "max_steps")
+        if new[name] != old[name]
+    ]
+    if state["tracks"] != checkpoint.fingerprint(session.clips.tracks):
+        changed.append("the dataset has changed since")
+    return {"resumed": "; ".join([f"after step {session.step}", *changed])}
 
 
 def _start_accelerator(config: Config) -> tuple[Accelerator, str]:
@@ -246,12 +281,15 @@ def _start_accelerator(config: Config) -> tuple[Accelerator, str]:
     if precision == "bf16" and device == "cuda" and not has_bf16:
         raise UserError("--precision=bf16: this GPU has none: use auto, fp16 or fp32")
     mixed = "no" if precision == "fp32" else precision
-    return Accelerator(cpu=device == "cpu", mixed_precision=mixed), f"{precision} ({why})"
+    # While the first process generates samples or writes checkpoints, the others wait.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    accelerator = Accelerator(
+        cpu=device == "cpu", mixed_precision=mixed, kwargs_handlers=[patience]
+    )
+    return accelerator, f"{precision} ({why})"
 
 
-def _make_optimizer(
-    config: Config, trained: dict[str, nn.Parameter], device: torch.device
-) -> torch.optim.AdamW:
+def _make_optimizer(config: Config, trained: dict[str, nn.Parameter]) -> torch.optim.AdamW:
     """AdamW without decay on biases and norms (all that are vectors)."""
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained.values() if p.ndim >= 2]},
@@ -262,7 +300,7 @@ def _make_optimizer(
         lr=config.lr,
         betas=BETAS,
         weight_decay=config.weight_decay,
-        fused=device.type in ("cuda", "cpu", "mps"),
+        fused=True,  # there is one for CUDA, MPS and the CPU
     )
 
 
@@ -340,8 +378,6 @@ def _facts(session: Session, precision: str) -> dict[str, str]:
         f"{session.total / plan.steps_per_epoch:g} epochs; warm-up {warmup}",
         "output": str(session.output),
     }
-    if session.step:
-        facts["resumed"] = f"after step {session.step}"
     return facts
 
 

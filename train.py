@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 import checkpoint
@@ -23,6 +24,7 @@ from config import Config
 from dataset import Batch
 from evaluate import eval_mode, validate, write_samples
 from flags import UserError, first_lines
+from musicgen import to_device
 from plan import train_batches
 from report import format_seconds
 from session import Session
@@ -33,54 +35,75 @@ class NonFinite(UserError):
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM ask for a stop; a second one stops at once."""
+    """Ctrl-C and SIGTERM ask for a stop after the step; a second one stops at once."""
 
-    def __init__(self, alone: bool) -> None:
-        self.alone = alone  # the only process
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
         self.requested = 0  # the signal's number
+        self.is_saving = False
 
     def __call__(self, number: int, frame: object) -> None:
-        if self.requested:
+        if self.is_saving:
+            _say(self.accelerator, "saving; please wait")
+        elif self.requested:
             raise KeyboardInterrupt
-        self.requested = number
+        else:
+            self.requested = number
+            _say(self.accelerator, "stopping soon, with everything saved; again to stop at once")
 
     def check(self) -> None:
         """Stop here, if that leaves no other process waiting."""
-        if self.requested and self.alone:
+        if self.requested and self.accelerator.num_processes == 1:
             raise KeyboardInterrupt
 
 
 def train(config: Config) -> None:
     """Fine-tune as the flags say; writes only below `config.output_dir`.
 
-    Errors: UserError for what the user can mend. Every way out but a non-finite loss (Ctrl-C,
-    SIGTERM, any exception) leaves a resume state of the last whole step.
+    Errors: UserError for what the user can mend. Every way out (Ctrl-C, SIGTERM, any exception)
+    leaves a resume state of the last whole step; a non-finite loss only if there is none yet.
     """
     run = session.start(config)
     first_step, failed = run.step, True
-    stop = StopSignals(alone=run.accelerator.num_processes == 1)
-    try:
-        with _handled_by(stop):
+    stop = StopSignals(run.accelerator)
+    with _handled_by(stop):
+        try:
             _loop(run, stop)
-        failed = False
-    except BaseException as error:
-        is_main = run.accelerator.is_main_process
-        if is_main and run.step > first_step and run.is_whole and not isinstance(error, NonFinite):
-            run.save_resume()
-            print(
-                f"stopped after step {run.step} of {run.total}; saved "
-                f"{run.output / checkpoint.RESUME}: go on with the same flags and --resume=1",
-                file=sys.stderr,
-            )
-        if isinstance(error, KeyboardInterrupt):
-            raise SystemExit(128 + (stop.requested or signal.SIGINT)) from None
-        raise
-    finally:
-        if run.report:
-            run.report.close(failed=failed)
+            failed = False
+        except BaseException as error:
+            stop.is_saving = True
+            if run.report and run.step > first_step:
+                _save_what_there_is(run, error)
+            elif run.report:
+                _say(run.accelerator, "stopped before the first step was done: nothing to save")
+            if isinstance(error, KeyboardInterrupt) or stop.requested:
+                raise SystemExit(128 + (stop.requested or signal.SIGINT)) from None
+            raise
+        finally:
+            stop.is_saving = True
+            if run.report:
+                run.report.close(failed=failed)
     if run.report:
         print(f"done: {run.output / checkpoint.FINAL}")
     run.accelerator.end_training()
+
+
+def _save_what_there_is(run: Session, error: BaseException) -> None:
+    """After an error: the resume state of the last whole step, if the weights are of one."""
+    path = run.output / checkpoint.RESUME
+    if not run.is_whole:
+        _say(run.accelerator, f"stopped while the weights were changing: {path} is left as it was")
+    elif isinstance(error, NonFinite) and path.exists():
+        _say(run.accelerator, f"{path} is left as it was")  # the newer state may be bad already
+    else:
+        _say(run.accelerator, f"stopped after step {run.step} of {run.total}; saving {path}")
+        run.save_resume()
+        _say(run.accelerator, "saved: go on with the same flags and --resume=1 (not --overwrite)")
+
+
+def _say(accelerator: Accelerator, line: str) -> None:
+    if accelerator.is_main_process:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _loop(run: Session, stop: StopSignals) -> None:
@@ -104,16 +127,16 @@ def _loop(run: Session, stop: StopSignals) -> None:
         valid = [run.valid_frames(batch.valid_samples) for batch in micro_batches]
         # Tokens of each codebook in the whole step, all processes: [K]. Needed before the first
         # backward pass, so that micro-batches weigh by their tokens.
-        counts = musicgen.token_counts(lm, torch.cat(valid), run.frames).to(device)
-        counts = accelerator.reduce(counts)
+        counts = musicgen.token_counts(lm, torch.cat(valid), run.frames)
+        counts = accelerator.reduce(to_device(counts, device))
         losses = []  # [B, K] of each micro-batch
         for i, batch in enumerate(micro_batches):
             stop.check()
-            codes = musicgen.encode_audio(run.model, batch.wav.to(device, non_blocking=True))
+            codes = musicgen.encode_audio(run.model, to_device(batch.wav, device))
             text, mask = run.text_encoder(batch.captions, device)
             waits = i + 1 < len(micro_batches)  # DDP sums gradients in the last backward pass only
             with accelerator.no_sync(run.module) if waits else contextlib.nullcontext():
-                loss = run.module(codes, valid[i].to(device), text, mask)
+                loss = run.module(codes, to_device(valid[i], device), text, mask)
                 # Mean over tokens, then codebooks; DDP will divide by the number of processes.
                 mean = (loss.sum(0) / counts).mean() * accelerator.num_processes
                 accelerator.backward(mean)
@@ -133,6 +156,8 @@ def _loop(run: Session, stop: StopSignals) -> None:
             optimizer.zero_grad(set_to_none=True)
             if run.ema:
                 run.ema.update()
+        if run.report and config.overwrite and run.step == 1:
+            checkpoint.clear_weights(run.output)  # the run works: now they may go
 
         seconds.append(time.perf_counter() - began)
         if run.report:
@@ -157,25 +182,30 @@ def _do_what_is_due(run: Session, stop: StopSignals) -> None:
     A resumed run does again what was due at its step, to the same end.
     """
     config, step, last = run.config, run.step, run.step == run.total
-    averaged = run.ema.applied() if run.ema else contextlib.nullcontext()
-    with averaged, eval_mode(run.model.lm):
-        if run.valid_clips.tracks and (step % run.valid_step == 0 or last):
-            row = {"step": step, **validate(run, stop.check)}
-            if run.report:
-                run.report.log(row, _valid_line(row, run.total))
-        if not run.report:
-            return
-        if config.sample_step and (step % config.sample_step == 0 or last):
-            for path, prompt in write_samples(run, stop.check):
-                run.report.log_sample(step, path, prompt)
-        if config.save_step and step and step % config.save_step == 0:
-            run.save_lm(checkpoint.checkpoint_path(run.output, step))
-            checkpoint.prune(run.output, config.keep_checkpoints)
-        if last:
-            run.save_lm(run.output / checkpoint.FINAL)
-    if config.save_step and step and (step % config.save_step == 0 or last):
+
+    def is_due(every: int | None) -> bool:
+        return every is not None and every > 0 and (last or step % every == 0)
+
+    validates = bool(run.valid_clips.tracks) and is_due(run.valid_step)
+    samples = run.report and is_due(config.sample_step)
+    saves = run.report and config.save_step and step and step % config.save_step == 0
+    if validates or samples or saves or last:
+        with run.averaged(), eval_mode(run.model.lm):
+            if validates:
+                row = {"step": step, **validate(run, stop.check)}
+                if run.report:
+                    run.report.log(row, _valid_line(row, run.total))
+            if run.report and samples:
+                for path, prompt in write_samples(run, stop.check):
+                    run.report.log_sample(step, path, prompt)
+            if saves:
+                run.save_lm(checkpoint.checkpoint_path(run.output, step))
+                checkpoint.prune(run.output, config.keep_checkpoints)
+            if run.report and last:
+                run.save_lm(run.output / checkpoint.FINAL)
+    if saves or (run.report and last and config.save_step):
         run.save_resume()
-    elif last:  # of an earlier, interrupted part of this run
+    elif run.report and last:  # of an earlier, interrupted part of this run
         (run.output / checkpoint.RESUME).unlink(missing_ok=True)
 
 
@@ -200,15 +230,13 @@ def _check_finite(
         if is_finite or not clip_loss.isfinite().all()
     ]
     what = "the gradient is" if is_finite else "the loss is"
+    names = list(dict.fromkeys(gather_object(names)))
     raise NonFinite(
-        f"{what} not finite at step {run.step + 1} of {run.total}; stopped before the weights were "
-        f"changed, and saved nothing. The clips it came from:\n{first_lines(_gather(names))}\n"
-        "Listen to them; if they are sound, lower --lr or use --precision=fp32"
+        f"{what} not finite at step {run.step + 1} of {run.total}; stopped before the weights "
+        f"were changed. The clips it came from:\n{first_lines(names)}\n"
+        "Listen to them, and take out what is broken; if they are sound, go on with a lower --lr "
+        "or with --precision=fp32"
     )
-
-
-def _gather(names: list[str]) -> list[str]:
-    return list(dict.fromkeys(gather_object(names)))
 
 
 def _seed(*numbers: int) -> int:

@@ -68,7 +68,7 @@ def our_way(model: MusicGen, codes: torch.Tensor, config: Config) -> Way:
         loss = module(codes, valid, *text_encoder(CAPTIONS[:B], CPU))
         return (loss.sum(0) / counts).mean()
 
-    return forward, session._make_optimizer(config, dict(lm.named_parameters()), CPU)
+    return forward, session._make_optimizer(config, dict(lm.named_parameters()))
 
 
 def plain_way(model: MusicGen, codes: torch.Tensor, config: Config) -> Way:
