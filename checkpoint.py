@@ -85,7 +85,10 @@ def load_resume(folder: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no class for "this is not my file"
-        raise UserError(f"{path} can't be read ({type(error).__name__}: {error})") from None
+        raise UserError(
+            f"{path} can't be read ({type(error).__name__}): it is damaged; "
+            "--overwrite=1 starts anew"
+        ) from None
 
 
 def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:

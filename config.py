@@ -29,9 +29,12 @@ def _prompts(value: Any) -> Any:
         return value
     if value.startswith("["):
         try:
-            return [str(prompt) for prompt in ast.literal_eval(value)]
+            prompts = [str(prompt) for prompt in ast.literal_eval(value)]
         except (SyntaxError, ValueError):
-            raise ValueError('is not a list like ["one", "two"]') from None
+            prompts = []
+        if not prompts:
+            raise ValueError('is not a list like ["one", "two"]')
+        return prompts
     if value.endswith(".txt"):
         try:
             lines = Path(value).expanduser().read_text(encoding="utf-8-sig").splitlines()

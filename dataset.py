@@ -5,7 +5,9 @@ a run can be stopped, resumed and split over processes without a change in what 
 """
 
 import hashlib
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +87,7 @@ def scan(folder: str, *, with_captions: bool = True) -> list[Track]:
     root = Path(folder)
     paths = sorted(
         path
-        for path in root.rglob("*")
+        for path in _walk(root)
         if path.suffix.lower() == ".wav" and not path.name.startswith(".") and path.is_file()
     )
     if not paths:
@@ -97,6 +99,7 @@ def scan(folder: str, *, with_captions: bool = True) -> list[Track]:
     for path in paths:
         name = path.relative_to(root).as_posix()
         try:
+            _check_name(name)
             caption = _read_caption(path) if with_captions else ""
             sample_rate, frames = _check_wav(path)
         except (OSError, ValueError) as error:  # soundfile's errors are both, here, and ours
@@ -109,6 +112,25 @@ def scan(folder: str, *, with_captions: bool = True) -> list[Track]:
             f"or move them out of the folder:\n{first_lines(problems)}"
         )
     return tracks
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """All files below a folder, through links too, but into each folder once."""
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = Path(folder).resolve()
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(folder) / name for name in names)
+
+
+def _check_name(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError("its name is not UTF-8: rename it") from None
 
 
 def _read_caption(wav: Path) -> str:
@@ -259,7 +281,7 @@ class Clips(Dataset[Clip]):
 
 
 def _stable_hash(name: str) -> int:
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 

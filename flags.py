@@ -35,7 +35,7 @@ class Flags(BaseModel):
             return None
         if annotation is bool:
             return value
-        if value is True or value == "True":
+        if value is True or value in ("True", ""):
             raise ValueError("needs a value")
         if isinstance(value, str) and "e" in value.lower() and annotation in (int, int | None):
             with contextlib.suppress(ValueError):
@@ -78,8 +78,10 @@ def parse(cls: type[FlagsT], aliases: dict[str, str] | None = None) -> FlagsT:
     def command(*words: str, **values: str) -> None:
         nonlocal stray
         stray = words
-        for name, value in values.items():
-            given[(aliases or {}).get(name, name)] = value
+        given.update({name: value for name, value in values.items() if value is not None})
+        for alias, name in (aliases or {}).items():
+            if alias in given and name not in given:  # both: `alias` is told as no flag
+                given[name] = given.pop(alias)
 
     if not wants_help:  # everything is let through here, so that all mistakes are told together
         parameters = [
@@ -94,7 +96,8 @@ def parse(cls: type[FlagsT], aliases: dict[str, str] | None = None) -> FlagsT:
         + [f"    {name}: {field.description}" for name, field in fields.items()]
     )
     os.environ.setdefault("PAGER", "more" if os.name == "nt" else "cat")
-    fire.Fire(command, name=Path(sys.argv[0]).name)
+    with contextlib.redirect_stderr(sys.stdout if wants_help else sys.stderr):
+        fire.Fire(command, name=Path(sys.argv[0]).name)
     for name in [name for name in given if len(name) == 1]:  # Fire's help shows -d for some
         matches = [field for field in fields if field.startswith(name)]
         if len(matches) == 1:
@@ -149,7 +152,9 @@ def _describe(cls: type[Flags], problem: Any) -> str:
     field = cls.model_fields[name]
     if problem["type"] == "missing":
         return f"--{name} is missing: {field.description}"
-    what = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    what = str(problem["msg"]).removeprefix("Value error, ")
+    for subject in ("Input ", "String ", "List ", "Value "):
+        what = what.removeprefix(subject)
     value = "" if what == "needs a value" else f"={problem['input']}"
     default = "" if field.is_required() else f" (default {field.default})"
     return f"--{name}{value}: {what}. --{name}: {field.description}{default}"

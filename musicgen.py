@@ -65,6 +65,7 @@ with warnings.catch_warnings(), _without("wandb"):
     from huggingface_hub import snapshot_download
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from safetensors import SafetensorError
     from transformers import EncodecModel as HFEncodecModel
     from transformers.utils import logging as transformers_logging
 
@@ -75,6 +76,7 @@ WEIGHTS = ["state_dict.bin", "compression_state_dict.bin"]
 HF_FILES = ["*.json", "*.model", "model.safetensors"]
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 T5_NEEDS = [("config.json",), HF_WEIGHTS, ("tokenizer.json", "spiece.model")]
+DAMAGES = (OmegaConfBaseException, SafetensorError)
 CODEC_NEEDS = [("config.json",), HF_WEIGHTS]
 
 
@@ -92,13 +94,13 @@ def load(model_id: str, device: torch.device, dtype: torch.dtype = torch.float32
             warnings.simplefilter("ignore")
             lm = _load_lm(folder, model_id, device, dtype)
             codec = _load_codec(folder, model_id, device)
-    except (OmegaConfBaseException, KeyError, RuntimeError, OSError, ValueError) as error:
+    except (*DAMAGES, KeyError, RuntimeError, OSError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines() or ["no reason given"]
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"--model_id={model_id}: is no MusicGen that can be loaded "
-            f"({type(error).__name__}: {reason[0][:300]}); download or export it again"
+            f"({type(error).__name__}: {reason}); download or export it again"
         ) from error
     return _Model(model_id, codec, lm.eval())
 
@@ -132,14 +134,17 @@ def load_weights(lm: LMModel, path: str) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no class for "this is not my file"
-        raise UserError(f"{path} can't be read as weights ({type(error).__name__})") from None
+        raise UserError(
+            f"--weights_path={path} can't be read as weights ({type(error).__name__}); give the "
+            "lm_final.pt or lm_<step>.pt that run.py left"
+        ) from None
     try:
         lm.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()
         raise UserError(
-            f"{path} does not fit the model: give the --model_id that it was tuned from "
-            f"({' '.join(line.strip() for line in reason[:2])[:300]})"
+            f"--weights_path={path} does not fit the model: give the --model_id that it was tuned "
+            f"from ({' '.join(line.strip() for line in reason[:2])[:300]})"
         ) from None
 
 
@@ -170,7 +175,7 @@ def _hub_folder(
     fetch = functools.partial(snapshot_download, repo, allow_patterns=patterns, cache_dir=cache_dir)
     try:
         path = Path(fetch(local_files_only=True))
-        if all(any((path / name).exists() for name in names) for names in needs):
+        if not _lacking(path, needs):
             return path
     except (OSError, ValueError):  # not in the cache, or no valid id: the hub's answer says which
         pass
@@ -184,6 +189,12 @@ def _hub_folder(
             "Connect to the network once, or give --model_id a folder with "
             f"{' and '.join(WEIGHTS)}, or one of {', '.join(SHORT_NAMES)}."
         ) from None
+
+
+def _lacking(folder: Path, needs: Sequence[tuple[str, ...]]) -> str:
+    """The first file that a folder needs and has not, or an empty string."""
+    missing = (names for names in needs if not any((folder / name).exists() for name in names))
+    return " or ".join(next(missing, ()))
 
 
 def _read_package(path: Path, model_id: str) -> dict[str, Any]:
@@ -235,6 +246,8 @@ def _load_lm(folder: Path, model_id: str, device: torch.device, dtype: torch.dty
     local = folder / "t5"
     if not local.is_dir():
         local = _hub_folder(cfg.conditioners[name].t5.name, HF_FILES, T5_NEEDS)
+    elif lacks := _lacking(local, T5_NEEDS):
+        raise UserError(f"--model_id={model_id}: its text encoder t5/ has no {lacks}")
     # audiocraft takes a text encoder only by a name on its list, and then asks the hub for it.
     T5Conditioner.MODELS.append(str(local))
     T5Conditioner.MODELS_DIMS[str(local)] = json.loads((local / "config.json").read_text())[

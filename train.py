@@ -74,9 +74,9 @@ def train(config: Config) -> None:
             stop.is_saving = True
             if run.report and run.step > first_step:
                 _save_what_there_is(run, error)
-            elif run.report:
-                _say(run.accelerator, "stopped before the first step was done: nothing to save")
             if isinstance(error, KeyboardInterrupt) or stop.requested:
+                if run.step == first_step:
+                    _say(run.accelerator, "stopped before a step was done: nothing new to save")
                 raise SystemExit(128 + (stop.requested or signal.SIGINT)) from None
             raise
         finally:

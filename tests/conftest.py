@@ -22,6 +22,10 @@ from demo.tiny import build_musicgen
 
 ROOT = Path(__file__).parent.parent
 
+# More threads only wait for each other in models this small.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+
 
 @pytest.fixture(scope="session")
 def mono_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
