@@ -124,11 +124,12 @@ class Session:
         }
         return config.lr * factor[config.lr_scheduler]
 
-    def save_resume(self) -> None:
+    def save_resume(self, *, is_finished: bool = False) -> None:
         """Write what `--resume=1` needs. Random states are none: they follow from the step."""
         scaler = self.accelerator.scaler
         state = {
             "step": self.step,
+            "is_finished": is_finished,  # lm_final.pt is of this step
             "config": self.config.model_dump(),
             "clips_per_step": self.plan.clips_per_step,
             "tracks": checkpoint.fingerprint(self.clips.tracks),
@@ -162,8 +163,7 @@ class Session:
                 f"{self.output}, but this has changed: {'; '.join(changes)}.\nPut it back, or "
                 "start anew with another --output_dir or --overwrite=1"
             )
-        step, has_result = state["step"], (self.output / checkpoint.FINAL).exists()
-        if step > self.total or (step == self.total and has_result):
+        if state["step"] > self.total or (state["step"] == self.total and state["is_finished"]):
             raise UserError(
                 f"the run in {self.output} is finished ({state['step']} of {self.total} steps): "
                 "raise --epochs or --max_steps to train on"

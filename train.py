@@ -112,6 +112,7 @@ def _loop(run: Session, stop: StopSignals) -> None:
     parameters = list(run.trained.values())
     batches = train_batches(run.clips, run.plan, start=run.step, rank=rank, workers=run.workers)
     seconds: list[float] = []  # of each step
+    lm.train()
     while True:
         _do_what_is_due(run, stop)
         if run.step == run.total:
@@ -204,7 +205,7 @@ def _do_what_is_due(run: Session, stop: StopSignals) -> None:
             if run.report and last:
                 run.save_lm(run.output / checkpoint.FINAL)
     if saves or (run.report and last and config.save_step):
-        run.save_resume()
+        run.save_resume(is_finished=last)
     elif run.report and last:  # of an earlier, interrupted part of this run
         (run.output / checkpoint.RESUME).unlink(missing_ok=True)
 

@@ -7,7 +7,7 @@ From the project's root. The model has random weights and is trained on random c
 the CPU in float32. The plain way is `LMModel.compute_predictions` and the loss of audiocraft's
 solver with AdamW as it comes. The two ways take turns on one model, each with its own optimizer.
 Memory is the peak of a process of its own for each way (ru_maxrss), less what it held before the
-first step: gradients, Adam's moments and activations.
+first of two steps: gradients, Adam's moments and activations.
 
 Letters: B batch, K codebooks, T token frames.
 """
@@ -54,7 +54,8 @@ SIZES: dict[str, dict[str, Any]] = {
 BATCH = {"bench": 4, "small": 1}
 CAPTIONS = ["slow piano waltz", "fast techno, 140 bpm", "a calm flute with soft drums", "loop"]
 CPU = torch.device("cpu")
-Way = tuple[Callable[[], torch.Tensor], torch.optim.Optimizer]  # forward pass -> loss
+# A forward pass -> the loss, and what else is held through the backward pass; and an optimizer.
+Way = tuple[Callable[[], tuple[torch.Tensor, ...]], torch.optim.Optimizer]
 
 
 def our_way(model: MusicGen, codes: torch.Tensor, config: Config) -> Way:
@@ -63,10 +64,10 @@ def our_way(model: MusicGen, codes: torch.Tensor, config: Config) -> Way:
     module, text_encoder = musicgen.TokenLoss(lm), musicgen.TextEncoder(lm)
     valid = torch.full((B,), T)
 
-    def forward() -> torch.Tensor:
+    def forward() -> tuple[torch.Tensor, ...]:
         counts = musicgen.token_counts(lm, valid, T)
         loss = module(codes, valid, *text_encoder(CAPTIONS[:B], CPU))
-        return (loss.sum(0) / counts).mean()
+        return ((loss.sum(0) / counts).mean(),)
 
     return forward, session._make_optimizer(config, dict(lm.named_parameters()))
 
@@ -77,7 +78,7 @@ def plain_way(model: MusicGen, codes: torch.Tensor, config: Config) -> Way:
     attributes = [ConditioningAttributes(text={"description": c}) for c in CAPTIONS[:B]]
     padding_mask = torch.ones(B, K, T, dtype=torch.bool)
 
-    def forward() -> torch.Tensor:
+    def forward() -> tuple[torch.Tensor, ...]:
         conditions = lm.condition_provider(lm.condition_provider.tokenize(attributes))
         output = lm.compute_predictions(codes, [], conditions)
         logits, mask = output.logits, padding_mask & output.mask
@@ -87,7 +88,7 @@ def plain_way(model: MusicGen, codes: torch.Tensor, config: Config) -> Way:
             targets_k = codes[:, k].contiguous().view(-1)
             mask_k = mask[:, k].contiguous().view(-1)
             loss += F.cross_entropy(logits_k[mask_k], targets_k[mask_k])
-        return loss / K
+        return loss / K, logits
 
     return forward, torch.optim.AdamW(lm.parameters(), lr=config.lr)
 
@@ -109,9 +110,9 @@ def timed_step(lm: nn.Module, way: Way) -> dict[str, float]:
     """Take one step -> seconds of each phase, of all, and of all cores (CPU time)."""
     forward, optimizer = way
     cpu, marks = time.process_time(), [time.perf_counter()]
-    loss = forward()
+    outputs = forward()
     marks.append(time.perf_counter())
-    loss.backward()
+    outputs[0].backward()
     marks.append(time.perf_counter())
     torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
     optimizer.step()
@@ -136,11 +137,13 @@ def peak_memory_mb(folder: Path, batch: int, way: str) -> float:
 
 def compare(folder: Path, batch: int, repeats: int) -> None:
     memory = []
+    # For the children: glibc shall give back at once what is freed, or its holes are measured too.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     for way in WAYS:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             memory.append(pool.apply(peak_memory_mb, (folder, batch, way)))
     lm, ways = prepare(folder, batch, list(WAYS))
-    losses = [forward().item() for forward, _ in ways]  # they differ by audiocraft's padding
+    losses = [forward()[0].item() for forward, _ in ways]  # they differ by audiocraft's padding
     runs = [[timed_step(lm, way) for way in ways] for _ in range(repeats + 1)][1:]
     print(f"{'median seconds':22}{'ours':>10}{'plain':>10}{'ratio':>8}  ratios of neighbours")
     for name in runs[0][0]:
@@ -168,18 +171,20 @@ def loop_overhead(folder: Path, batch: int, steps: int) -> None:
 
         return timed_function
 
-    def new_step(*args: Any) -> None:  # instead of the saving at the end, the only thing due
+    def between_steps(*args: Any) -> None:
         marks.append(time.perf_counter())
         if len(marks) > 1:
             rows.append({"step": marks[-1] - marks[-2], **spent})
         spent.clear()
+        do_what_is_due(*args)  # nothing before the end, which is not timed
 
     def timed_batches(*args: Any, **kwargs: Any) -> Iterator[Batch]:
         return iter(timed("waiting for data", train_batches(*args, **kwargs).__next__), None)
 
+    do_what_is_due = train._do_what_is_due
     core = ["forward", "backward", "clip", "optimizer"]
     patches: list[tuple[Any, str, Callable[..., Any]]] = [
-        (train, "_do_what_is_due", new_step),
+        (train, "_do_what_is_due", between_steps),
         (train, "train_batches", timed_batches),
     ]
     for piece, owner, name in (
