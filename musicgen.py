@@ -180,15 +180,20 @@ def _hub_folder(
     except (OSError, ValueError):  # not in the cache, or no valid id: the hub's answer says which
         pass
     try:
-        return Path(fetch())
+        path = Path(fetch())
+        lacks = _lacking(path, needs)
+        reason = f"it has no {lacks}"
     except Exception as error:  # offline, no such id, no access: each a class of its own
-        reason = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        lacks, reason = "all", f"{type(error).__name__}: {lines[0]}"
+    if lacks:
         raise UserError(
-            f"{repo} is not in the Hugging Face cache and could not be downloaded"
-            f" ({type(error).__name__}: {reason[0] if reason else 'no reason given'}).\n"
+            f"{repo} is not in the Hugging Face cache and could not be downloaded ({reason}).\n"
             "Connect to the network once, or give --model_id a folder with "
-            f"{' and '.join(WEIGHTS)}, or one of {', '.join(SHORT_NAMES)}."
-        ) from None
+            f"{' and '.join(WEIGHTS)} and its text encoder in t5/, or one of "
+            f"{', '.join(SHORT_NAMES)}."
+        )
+    return path
 
 
 def _lacking(folder: Path, needs: Sequence[tuple[str, ...]]) -> str:
