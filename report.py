@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 import checkpoint
 from config import Config
@@ -126,6 +127,7 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     rate.plot(steps, [row["lr"] for row in trained], color="tab:green")
     rate.set_ylabel("learning rate")
     rate.set_xlabel("optimizer step")
+    rate.xaxis.set_major_locator(MaxNLocator(integer=True))
     rate.grid(alpha=0.3)
     return figure
 
