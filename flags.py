@@ -68,7 +68,9 @@ def parse(cls: type[FlagsT], aliases: dict[str, str] | None = None) -> FlagsT:
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=inspect.Parameter.empty if field.is_required() else field.default,
-            annotation=field.annotation,
+            annotation=field.annotation
+            if field.annotation in (int, float, str, bool)
+            else inspect.Parameter.empty,
         )
         for name, field in fields.items()
     ]

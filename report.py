@@ -49,7 +49,7 @@ class Report:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._wandb:
-            self._wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            self._wandb.log(_flat(row), step=row["step"])
         if time.monotonic() >= self._next_draw:
             self.draw()
 
@@ -80,6 +80,17 @@ class Report:
         self._file.close()
         if self._wandb:
             self._wandb.finish(exit_code=int(failed))
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Without `step`, and with a key for each codebook: wandb draws no lists."""
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        if isinstance(value, list):
+            flat |= {f"{key}/{k}": number for k, number in enumerate(value)}
+        elif key != "step":
+            flat[key] = value
+    return flat
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -152,7 +163,7 @@ def start_wandb(config: Config, facts: dict[str, Any], run_id: str | None) -> An
             dir=config.output_dir,
             config={**config.model_dump(), **facts},
             id=run_id,
-            resume="allow",
+            resume="allow" if run_id else None,
         )
     except wandb.Error as error:
         raise UserError(
