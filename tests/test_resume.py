@@ -244,7 +244,7 @@ def is_writing(output: Path) -> bool:
 
 def test_a_run_killed_twenty_times_ends_as_one_that_was_not(world, tmp_path, processes):
     rng, output, whole = random.Random(1), tmp_path / "run", tmp_path / "whole"
-    flags = {**RANDOM, "epochs": 25, "save_step": 1, "keep_checkpoints": 3}
+    flags = {**RANDOM, "epochs": 40, "save_step": 1, "keep_checkpoints": 3}
     flags |= {"valid_path": str(world.held_out), "valid_step": 5}
     kills = kills_while_writing = 0
     exit_code = None
@@ -262,7 +262,7 @@ def test_a_run_killed_twenty_times_ends_as_one_that_was_not(world, tmp_path, pro
             if rng.random() < 0.5:
                 wait_until(lambda: is_writing(output), process)
             else:
-                time.sleep(rng.uniform(0, 0.05))
+                time.sleep(rng.uniform(0, 0.03))
             process.kill()
         process.join()
         exit_code = process.exitcode
