@@ -8,11 +8,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo demo-model demo-dataset test lint clean
 
 help:
 	@echo "make install   make $(VENV) and install everything in it (about 3 GB to download, 7 GB on disk)"
 	@echo "make demo      fine-tune a tiny MusicGen on a small dataset, on any machine"
+	@echo "make demo-dataset, make demo-model   make demo/dataset/, demo/model/ again: demo/README.md"
 	@echo "make test      run the tests"
 	@echo "make lint      check style and types"
 	@echo "make clean     delete $(VENV), caches and demo/work/; models/ and generated/ stay"
@@ -34,6 +35,26 @@ $(INSTALLED): requirements.txt requirements-dev.txt
 
 demo: install
 	$(BIN)/python demo/demo.py
+
+# How the demo's files were made; see demo/README.md. Delete demo/work/build/ to start afresh.
+BUILD := demo/work/build
+
+demo-dataset: $(BUILD)/.installed
+	$(BIN)/python -m demo.build.music dataset
+
+demo-model: $(BUILD)/.rendered
+	$(BIN)/python -m demo.build.model
+	$(BIN)/python -m demo.build.judge
+	$(BIN)/python -m demo.build.report
+
+$(BUILD)/.installed: $(INSTALLED) demo/build/requirements.txt
+	$(PIP) --requirement demo/build/requirements.txt
+	@mkdir -p $(BUILD)
+	@touch $@
+
+$(BUILD)/.rendered: $(BUILD)/.installed
+	$(BIN)/python -m demo.build.music pretrain
+	@touch $@
 
 test: install
 	$(BIN)/python -m pytest

@@ -64,8 +64,8 @@ class Config(Flags):
     model_id: str = Field(
         "small",
         min_length=1,
-        description="small, medium, large, a Hugging Face id, or a folder in audiocraft's "
-        "exported format",
+        description="small, medium, large, demo (tiny, comes with the project), a Hugging Face id, "
+        "or a folder in audiocraft's exported format",
     )
     lr: float = Field(1e-5, gt=0, le=1, description="learning rate after the warm-up")
     epochs: int = Field(
@@ -211,11 +211,11 @@ class GenerateConfig(Flags):
         "the weights, else small",
     )
     duration: float = Field(30.0, gt=0, description="seconds to generate")
-    overlap: float = Field(
-        12.0,
+    overlap: float | None = Field(
+        None,
         gt=0,
         description="beyond the model's window (30 s), the seconds that each further window "
-        "starts from; more = more coherent and slower",
+        "starts from; more = more coherent and slower; None = 12, or half a window under 24 s",
     )
     prompt_audio: AnyPath | None = Field(
         None, description="recording to continue; its last `overlap` seconds open the result"

@@ -17,8 +17,6 @@ from musicgen import TokenLoss, to_device
 from plan import valid_batches
 from session import Session
 
-SAMPLE_OVERLAP_SEC = 12.0
-
 
 @contextlib.contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
@@ -80,7 +78,7 @@ def write_samples(session: Session, on_frame: Callable[[], None]) -> Iterator[tu
             model,
             prompt,
             duration_sec=config.sample_duration,
-            overlap_sec=min(SAMPLE_OVERLAP_SEC, model.max_duration / 2),
+            overlap_sec=sampling.default_overlap_sec(model),
             seed=config.seed,
             on_frame=on_frame,
         )

@@ -50,12 +50,13 @@ def run(config: GenerateConfig) -> list[Path]:
     model = musicgen.load(_model_id(config), device, dtype)
     if config.weights_path:
         musicgen.load_weights(model.lm, config.weights_path)
-    if sampling.to_frames(model, config.overlap) >= sampling.to_frames(model, model.max_duration):
+    overlap_sec = config.overlap or sampling.default_overlap_sec(model)
+    if sampling.to_frames(model, overlap_sec) >= sampling.to_frames(model, model.max_duration):
         raise UserError(
-            f"--overlap={config.overlap:g}: must be less than the model's window of "
+            f"--overlap={overlap_sec:g}: must be less than the model's window of "
             f"{model.max_duration:g} s"
         )
-    opening = _opening(config, model)
+    opening = _opening(config, model, overlap_sec)
     frames = sampling.to_frames(model, config.duration) * len(config.prompt)
     written = []
     with tqdm(total=frames, unit="frame", desc="generating", mininterval=1) as bar:
@@ -64,7 +65,7 @@ def run(config: GenerateConfig) -> list[Path]:
                 model,
                 prompt,
                 duration_sec=config.duration,
-                overlap_sec=config.overlap,
+                overlap_sec=overlap_sec,
                 seed=config.seed,
                 variations=config.variations,
                 opening=opening,
@@ -120,8 +121,10 @@ def _model_id(config: GenerateConfig) -> str:
     return config.model_id or (noted or {}).get("model_id", "small")
 
 
-def _opening(config: GenerateConfig, model: "MusicGen") -> "torch.Tensor | None":
-    """The codes `[1, K, T]` of the last `overlap` seconds of --prompt_audio."""
+def _opening(
+    config: GenerateConfig, model: "MusicGen", overlap_sec: float
+) -> "torch.Tensor | None":
+    """The codes `[1, K, T]` of the last `overlap_sec` of --prompt_audio."""
     if not config.prompt_audio:
         return None
     import soundfile as sf
@@ -135,7 +138,7 @@ def _opening(config: GenerateConfig, model: "MusicGen") -> "torch.Tensor | None"
         info = sf.info(config.prompt_audio)
         if info.frames == 0:
             raise ValueError("holds no audio")
-        frames = min(info.frames, round(config.overlap * info.samplerate))
+        frames = min(info.frames, round(overlap_sec * info.samplerate))
         wav = read_crop(
             Path(config.prompt_audio),
             info.frames - frames,
@@ -146,7 +149,7 @@ def _opening(config: GenerateConfig, model: "MusicGen") -> "torch.Tensor | None"
     except (sf.SoundFileError, ValueError) as error:
         raise UserError(f"--prompt_audio={config.prompt_audio}: {error}") from None
     codes = musicgen.encode_audio(model, torch.from_numpy(wav)[None].to(model.device))
-    return codes[..., -to_frames(model, config.overlap) :]
+    return codes[..., -to_frames(model, overlap_sec) :]
 
 
 if __name__ == "__main__":

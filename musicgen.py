@@ -72,6 +72,7 @@ with warnings.catch_warnings(), _without("wandb"):
 __all__ = ["ConditioningAttributes", "MusicGen"]  # for the other files: not without the shim above
 
 SHORT_NAMES = {name: f"facebook/musicgen-{name}" for name in ("small", "medium", "large")}
+FOLDERS = {"demo": Path(__file__).parent / "demo" / "model"}
 WEIGHTS = ["state_dict.bin", "compression_state_dict.bin"]
 HF_FILES = ["*.json", "*.model", "model.safetensors"]
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -148,8 +149,15 @@ def load_weights(lm: LMModel, path: str) -> None:
         ) from None
 
 
+def portable_id(model_id: str) -> str:
+    """What names the same model from another working folder: a name, an id or a full path."""
+    folder = Path(model_id).expanduser()
+    is_name = model_id in SHORT_NAMES or model_id in FOLDERS
+    return model_id if is_name or not folder.is_dir() else str(folder.resolve())
+
+
 def _find_model(model_id: str) -> Path:
-    path = Path(model_id).expanduser()
+    path = FOLDERS.get(model_id, Path(model_id).expanduser())
     if model_id in SHORT_NAMES or not path.is_dir():
         if model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1 or path.exists():
             raise UserError(f"--model_id={model_id}: no such folder")
@@ -191,7 +199,7 @@ def _hub_folder(
             f"{repo} is not in the Hugging Face cache and could not be downloaded ({reason}).\n"
             "Connect to the network once, or give --model_id a folder with "
             f"{' and '.join(WEIGHTS)} and its text encoder in t5/, or one of "
-            f"{', '.join(SHORT_NAMES)}."
+            f"{', '.join([*FOLDERS, *SHORT_NAMES])}."
         )
     return path
 

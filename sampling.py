@@ -16,6 +16,7 @@ from musicgen import ConditioningAttributes, MusicGen
 DECODE_SEC = 30.0  # decoded at a time, so that memory doesn't grow with the length
 DECODE_MARGIN_SEC = 2.0  # context on both sides, for the codec's LSTM and convolutions
 PEAK = 0.99
+OVERLAP_SEC = 12.0
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Sampling:
     top_p: float = 0.0
     temperature: float = 1.0
     cfg_coef: float = 3.0
+
+
+def default_overlap_sec(model: MusicGen) -> float:
+    """What each further window starts from if nobody says: 12 s, or half of a short window."""
+    return min(OVERLAP_SEC, model.max_duration / 2)
 
 
 def to_frames(model: MusicGen, seconds: float) -> int:

@@ -243,8 +243,7 @@ def start(config: Config) -> Session:
         checkpoint.remove_temporary(output)
         if not config.resume:
             checkpoint.clear_samples(output)  # an earlier run's weights go after the first step
-        folder = Path(config.model_id).expanduser()
-        model_id = str(folder.resolve()) if folder.is_dir() else config.model_id
+        model_id = musicgen.portable_id(config.model_id)
         checkpoint.write_json(
             output / checkpoint.RUN,
             {"model_id": model_id, "flags": config.model_dump(), "facts": facts},

@@ -104,6 +104,7 @@ def build_musicgen(
     segment_sec: float = 30.0,
     dropout: float = 0.0,
     t5_dim: int = 32,
+    words: str = WORDS,
     seed: int = 0,
 ) -> Path:
     """Write a random-weight MusicGen in audiocraft's exported format, its text encoder in `t5/`.
@@ -139,7 +140,7 @@ def build_musicgen(
 
     # The config says t5-base, but the LM is built with our own: audiocraft takes only what is in
     # its list and its table of widths, so ours is in them while we build.
-    t5 = str(build_t5(folder / "t5", dim=t5_dim, seed=seed))
+    t5 = str(build_t5(folder / "t5", dim=t5_dim, words=words, seed=seed))
     on_cpu = {"device": "cpu", "dtype": "float32"}
     our_t5 = {"conditioners": {"description": {"t5": {"name": t5}}}}
     lm_here: Any = OmegaConf.merge(lm_cfg, on_cpu, our_t5)
@@ -155,15 +156,17 @@ def build_musicgen(
     finally:
         T5Conditioner.MODELS.remove(t5)
         del T5Conditioner.MODELS_DIMS[t5]
-    _export(folder / "state_dict.bin", lm.half(), lm_cfg)
-    _export(folder / "compression_state_dict.bin", codec, codec_cfg)
+    export(folder / "state_dict.bin", lm.half(), lm_cfg)
+    export(folder / "compression_state_dict.bin", codec, codec_cfg)
     return folder
 
 
-def build_t5(folder: Path, *, dim: int = 32, num_layers: int = 2, seed: int = 0) -> Path:
+def build_t5(
+    folder: Path, *, dim: int = 32, num_layers: int = 2, words: str = WORDS, seed: int = 0
+) -> Path:
     """Write a random-weight T5 encoder of width `dim` with its tokenizer, in Hugging Face format.
 
-    t5-base is dim=768, num_layers=12. Words of music are one token each, other words are spelled
+    t5-base is dim=768, num_layers=12. The `words` are one token each, other words are spelled
     letter by letter; what is beyond Latin-1 is the unknown token, as in the real T5.
     """
     import torch
@@ -172,7 +175,7 @@ def build_t5(folder: Path, *, dim: int = 32, num_layers: int = 2, seed: int = 0)
     letters = [chr(code) for code in (*range(33, 127), *range(161, 256)) if code != 173]
     # (piece, log-probability): a known word beats its letters
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -5.0)]
-    pieces += [(f"▁{word}", -7.0) for word in WORDS.split()]
+    pieces += [(f"▁{word}", -7.0) for word in dict.fromkeys(words.split())]
     pieces += [(letter, -5.0) for letter in letters]
     pieces += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(100))]
     T5Tokenizer(vocab=pieces).save_pretrained(folder)
@@ -287,7 +290,8 @@ def _quiet() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def _export(path: Path, model: Any, cfg: Any) -> None:
+def export(path: Path, model: Any, cfg: Any) -> None:
+    """Write a model's state in the format that audiocraft's loaders read."""
     import torch
     from audiocraft import __version__
     from omegaconf import OmegaConf

