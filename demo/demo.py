@@ -8,6 +8,10 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from demo.measure import Audio
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python demo/demo.py` only has demo/ in it
@@ -52,29 +56,62 @@ def main() -> None:
     print(summary())
 
 
-def run(script: str, flags: dict[str, object]) -> None:
-    """Run one of the project's scripts as a user would; ends the demo if it fails."""
+def run(script: str, flags: dict[str, Any], *, quiet: bool = False) -> None:
+    """Run one of the project's scripts as a user would; ends this one too if it fails."""
     words = [script, *(f"--{name}={value}" for name, value in flags.items())]
-    print(f"\n$ python {shlex.join(words)}", flush=True)
-    code = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
+    if not quiet:
+        print(f"\n$ python {shlex.join(words)}", flush=True)
+    output = subprocess.DEVNULL if quiet else None
+    code = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, stdout=output, stderr=output
+    ).returncode
     if code:
         sys.exit(code)
+
+
+class Changes(NamedTuple):
+    """Pieces before and after, the held-out clips, and (before, after) in numbers."""
+
+    before: list["Audio"]
+    after: list["Audio"]
+    held_out: list["Audio"]
+    losses: tuple[float, float]  # nats a token, on the held-out clips
+    distances: tuple[float, float]  # Fréchet, from the held-out clips
+    heard: tuple[int, int]  # pieces in which the judge hears the style's instrument
+
+
+def changes(models: Path, before: Path, after: Path) -> Changes:
+    """What the run in `models` changed, by its log and by the wav files in two folders."""
+    from demo import measure
+    from report import read_rows
+
+    losses = [
+        row["valid_loss"] for row in read_rows(models / "metrics.jsonl") if "valid_loss" in row
+    ]
+    old, new, held_out = (
+        [measure.read(path) for path in sorted(folder.glob("*.wav"))]
+        for folder in (before, after, ROOT / DATASET / "valid")
+    )
+    judge = measure.Judge()
+    heard = [sum(judge.verdict(wav) == "ocarina" for wav in wavs) for wavs in (old, new)]
+    distances = [measure.frechet_distance(wavs, held_out) for wavs in (old, new)]
+    return Changes(
+        old,
+        new,
+        held_out,
+        (losses[0], losses[-1]),
+        (distances[0], distances[1]),
+        (heard[0], heard[1]),
+    )
 
 
 def summary() -> str:
     """What changed, in numbers, and where to look and listen; draws the picture."""
     from demo import measure
 
-    rows = [json.loads(line) for line in (ROOT / MODELS / "metrics.jsonl").open(encoding="utf-8")]
-    losses = [row["valid_loss"] for row in rows if "valid_loss" in row]
-    before, after, held_out = (
-        [measure.read(path) for path in sorted((ROOT / folder).glob("*.wav"))]
-        for folder in (BEFORE, AFTER, DATASET / "valid")
-    )
-    measure.draw_before_after(before, after, held_out, ROOT / PICTURE)
-    judge = measure.Judge()
-    heard = [sum(judge.verdict(wav) == "ocarina" for wav in wavs) for wavs in (before, after)]
-    distance = [measure.frechet_distance(wavs, held_out) for wavs in (before, after)]
+    found = changes(ROOT / MODELS, ROOT / BEFORE, ROOT / AFTER)
+    measure.draw_before_after(found.before, found.after, found.held_out, ROOT / PICTURE)
+    losses, distance, heard = found.losses, found.distances, found.heard
     return f"""
 The model knew other instruments and other tunes. {TRAIN["max_steps"]} steps on \
 {len(list((ROOT / DATASET / "train").glob("*.wav")))} short recordings of jigs on the
@@ -83,7 +120,7 @@ ocarina changed this, on tunes and prompts that it was not trained on:
                                                         before    after
   loss on held-out jigs (nats a token)                  {losses[0]:6.2f}   {losses[-1]:6.2f}
   distance of its music from them (Fréchet)             {distance[0]:6.0f}   {distance[1]:6.0f}
-  pieces of {len(before)} in which a judge hears an ocarina     {heard[0]:6}   {heard[1]:6}
+  pieces of {len(found.before)} in which a judge hears an ocarina     {heard[0]:6}   {heard[1]:6}
 
   Listen:  {BEFORE}/*.wav and {AFTER}/*.wav, the same prompts and seeds;
            {DATASET}/train/*.wav, what it learned from

@@ -8,8 +8,6 @@ What was stopped goes on where it was.
 """
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import musicgen  # noqa: F401  (stands in for the xformers that audiocraft impor
 from demo import tiny
 from demo.build import codec
 from demo.build.render import CODEC_ONLY, INSTRUMENTS, KEYS, STYLE
+from demo.demo import run
 
 WORK = codec.WORK
 START, PRETRAINED = WORK / "start", WORK / "pretrained"
@@ -73,9 +72,7 @@ def main() -> None:
     # in half precision, as it is shipped: what the LM learns is what the shipped codec says
     tiny.export(START / "compression_state_dict.bin", trained.half(), codec.config())
     if not (PRETRAINED / "lm_final.pt").exists():
-        flags = PRETRAIN | {"resume": int((PRETRAINED / "resume.pt").exists())}
-        words = [f"--{name}={value}" for name, value in flags.items()]
-        subprocess.run([sys.executable, "run.py", *words], check=True)
+        run("run.py", PRETRAIN | {"resume": int((PRETRAINED / "resume.pt").exists())})
     export()
 
 
