@@ -16,7 +16,7 @@ help:
 	@echo "make demo-dataset, make demo-model   make demo/dataset/, demo/model/ again: demo/README.md"
 	@echo "make test      run the tests"
 	@echo "make lint      check style and types"
-	@echo "make clean     delete $(VENV), caches and demo/work/; models/ and generated/ stay"
+	@echo "make clean     delete $(VENV), caches and demo/output/; models/ and generated/ stay"
 
 install: $(INSTALLED)
 
@@ -36,8 +36,8 @@ $(INSTALLED): requirements.txt requirements-dev.txt
 demo: install
 	$(BIN)/python demo/demo.py
 
-# How the demo's files were made; see demo/README.md. Delete demo/work/build/ to start afresh.
-BUILD := demo/work/build
+# How the demo's files were made; see demo/README.md. Delete demo/output/build/ to start afresh.
+BUILD := demo/output/build
 
 demo-dataset: $(BUILD)/.installed
 	$(BIN)/python -m demo.build.music dataset
@@ -65,5 +65,5 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo/work
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo/output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

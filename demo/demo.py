@@ -1,6 +1,6 @@
 """`make demo`: teach the tiny MusicGen in demo/model/ a style, and hear and see what changed.
 
-Two minutes on two cores. Everything it makes is in demo/work/: delete that to start afresh.
+Two minutes on two cores. Everything it makes is in demo/output/: delete that to start afresh.
 """
 
 import json
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python demo/demo.py` only has demo/ in it
 
-DATASET, WORK = Path("demo/dataset"), Path("demo/work")  # relative to ROOT, where all runs
+DATASET, WORK = Path("demo/dataset"), Path("demo/output")  # relative to ROOT, where all runs
 MODELS, BEFORE, AFTER = WORK / "models", WORK / "before", WORK / "after"
 PICTURE = WORK / "before_after.png"
 PROMPTS = [

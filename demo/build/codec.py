@@ -2,7 +2,7 @@
 
     python -m demo.build.codec
 
-Reads demo/work/build/{pretrain,codec}/, leaves decoder.pt beside them, and losses in *.jsonl.
+Reads demo/output/build/{pretrain,codec}/, leaves decoder.pt beside them, and losses in *.jsonl.
 A run that was stopped goes on from its last checkpoint.
 """
 
@@ -23,10 +23,10 @@ from audiocraft.losses import MultiScaleMelSpectrogramLoss
 from audiocraft.models.builders import get_compression_model
 from omegaconf import OmegaConf
 
+from demo.build.music import WORK
 from demo.build.render import RATE
 from demo.tiny import CODEC_CONFIG
 
-WORK = Path("demo/work/build")
 CARD = 512  # codebook size
 SIZES = {"seanet": {"dimension": 64, "n_filters": 12}, "rvq": {"bins": CARD}}
 STEPS = 8_500

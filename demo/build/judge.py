@@ -14,10 +14,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import musicgen
+from demo.build.music import WORK
 from demo.build.render import INSTRUMENTS, STYLE
 from demo.measure import JUDGE, RATE, features
 
-WORK = Path("demo/work/build")
 NAMES = [instrument.name for instrument in (*INSTRUMENTS, STYLE)]
 CLIPS = 40  # of each instrument
 CLIP_SEC = 8

@@ -3,8 +3,8 @@
     python -m demo.build.model
 
 Trains the codec if that has not been done, then the language model from random weights with this
-project's own trainer, both on demo/work/build/; leaves demo/model/ in audiocraft's exported format.
-What was stopped goes on where it was.
+project's own trainer, both on demo/output/build/; leaves demo/model/ in audiocraft's exported
+format. What was stopped goes on where it was.
 """
 
 import shutil
@@ -16,10 +16,10 @@ import torch
 import musicgen  # noqa: F401  (stands in for the xformers that audiocraft imports)
 from demo import tiny
 from demo.build import codec
+from demo.build.music import WORK
 from demo.build.render import CODEC_ONLY, INSTRUMENTS, KEYS, STYLE
 from demo.demo import run
 
-WORK = codec.WORK
 START, PRETRAINED = WORK / "start", WORK / "pretrained"
 MODEL = Path("demo/model")
 WINDOW_SEC = 10.0

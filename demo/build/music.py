@@ -1,4 +1,4 @@
-"""Render all the music that the demo's model and dataset are made of, into demo/work/build/.
+"""Render all the music that the demo's model and dataset are made of, into demo/output/build/.
 
 pretrain/ and pretrain_valid/ are for codec and language model, codec/ is for the codec alone,
 style/ for the judge of instruments; `dataset` makes the demo's. No piece is in two of them but
@@ -24,9 +24,8 @@ from demo.build.render import (
 )
 from demo.build.scores import Piece, chorales, harmonise, oneill_jigs, ryan
 
-HERE = Path(__file__).parent
-WORK = HERE.parent / "work" / "build"
-DATASET = HERE.parent / "dataset"
+WORK = Path("demo/output/build")  # relative to the project's root, where all of this runs
+DATASET = Path("demo/dataset")
 SECONDS = 30.0  # of a pretraining clip
 RENDERINGS = {"chorale": 3}  # of each piece with other instruments and keys; else 2
 VALID_EVERY = 20  # each so manieth piece is held out of pretraining

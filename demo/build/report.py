@@ -16,10 +16,10 @@ from scipy.ndimage import uniform_filter1d
 import musicgen
 import sampling
 from demo import measure
+from demo.build.music import WORK
 from demo.build.render import INSTRUMENTS
 
 HERE = Path(__file__).parent
-WORK = Path("demo/work/build")
 CLIP_SEC = 10
 
 
