@@ -7,17 +7,18 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import nn
 
 from dataset import Track
 from flags import UserError
 
 FINAL = "lm_final.pt"
+LORA = "lora_final"
+LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")  # peft's names
 RESUME = "resume.pt"
 RUN = "run.json"
 METRICS = "metrics.jsonl"
@@ -51,11 +52,15 @@ def save(path: Path, content: Any) -> None:
     write(path, lambda file: torch.save(content, file))
 
 
-def lm_state_dict(lm: nn.Module, dtype: str) -> dict[str, torch.Tensor]:
-    """A plain state dict on the CPU, with exactly the keys of `lm.state_dict()`."""
+def write_bytes(path: Path, content: bytes) -> None:
+    write(path, lambda file: file.write(content))
+
+
+def portable(state: Mapping[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
+    """A state dict as plain tensors on the CPU, in a number format of --save_dtype."""
     return {
         name: tensor.detach().to("cpu", DTYPES[dtype] if tensor.is_floating_point() else None)
-        for name, tensor in lm.state_dict().items()
+        for name, tensor in state.items()
     }
 
 
@@ -94,10 +99,12 @@ def load_resume(folder: Path) -> dict[str, Any]:
 def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse to start over an earlier run's weights. Removes nothing."""
     check_writable(folder, "--output_dir")
+    if (folder / LORA).is_file():
+        raise UserError(f"{folder / LORA}: is a file; move it away, a folder goes there")
     made = weights(folder)
     if made and not resume and not overwrite:
         go_on = ", --resume=1 to go on with it" if (folder / RESUME) in made else ""
-        names = ", ".join(path.name for path in made[:5])
+        names = ", ".join(path.relative_to(folder).as_posix() for path in made[:5])
         raise UserError(
             f"--output_dir={folder} holds an earlier run ({names}): give another --output_dir"
             f"{go_on}, or --overwrite=1 to replace it"
@@ -118,7 +125,8 @@ def check_writable(folder: Path, flag: str) -> None:
 
 def weights(folder: Path) -> list[Path]:
     """The files of a run that took time to make."""
-    return checkpoints(folder) + [p for name in (FINAL, RESUME) if (p := folder / name).exists()]
+    final = [folder / FINAL, folder / RESUME, *(folder / LORA / name for name in LORA_FILES)]
+    return checkpoints(folder) + [path for path in final if path.exists()]
 
 
 def clear_weights(folder: Path) -> None:
@@ -138,7 +146,8 @@ def remove_temporary(folder: Path) -> None:
     for path in folder.glob(".*.tmp"):
         if names.fullmatch(path.name):
             path.unlink()
-    for path in (folder / SAMPLES).glob(".step_*.wav.tmp"):
+    left = ((SAMPLES, ".step_*.wav.tmp"), (LORA, ".adapter_*.tmp"))
+    for path in (path for name, pattern in left for path in (folder / name).glob(pattern)):
         path.unlink()
 
 
@@ -162,7 +171,7 @@ def fingerprint(tracks: Iterable[Track]) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    write(path, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
+    write_bytes(path, json.dumps(content, indent=2).encode() + b"\n")
 
 
 def read_json(path: Path) -> Any:

@@ -23,30 +23,38 @@ def _expanded(value: str) -> str:
     return str(Path(value).expanduser())
 
 
-def _prompts(value: Any) -> Any:
-    """A prompt, a list of them written ["one", "two"], or a .txt file with one a line."""
+def _one_or_list(value: Any) -> Any:
+    """A value, or a list of them written ["one", "two"]."""
     if not isinstance(value, str):
         return value
-    if value.startswith("["):
-        try:
-            prompts = [str(prompt) for prompt in ast.literal_eval(value)]
-        except (SyntaxError, ValueError):
-            prompts = []
-        if not prompts:
-            raise ValueError('is not a list like ["one", "two"]')
-        return prompts
-    if value.endswith(".txt"):
+    if not value.startswith("["):
+        return [value]
+    try:
+        values = [str(item) for item in ast.literal_eval(value)]
+    except (SyntaxError, ValueError):
+        values = []
+    if not values:
+        raise ValueError('is not a list like ["one", "two"]')
+    return values
+
+
+def _prompts(value: Any) -> Any:
+    """A prompt, a list of them, or a .txt file with one a line."""
+    if isinstance(value, str) and value.endswith(".txt"):
         try:
             lines = Path(value).expanduser().read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot be read ({error})") from None
         return [line.strip() for line in lines if line.strip()]
-    return [value]
+    return _one_or_list(value)
 
 
 Folder = Annotated[str, AfterValidator(_existing_folder)]
 AnyPath = Annotated[str, Field(min_length=1), AfterValidator(_expanded)]
 Prompts = Annotated[list[str], BeforeValidator(_prompts), Field(min_length=1)]
+Folders = Annotated[list[Folder], BeforeValidator(_one_or_list), Field(min_length=1)]
+Numbers = Annotated[list[float], BeforeValidator(_one_or_list), Field(min_length=1)]
+SaveDtype = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -64,8 +72,8 @@ class Config(Flags):
     model_id: str = Field(
         "small",
         min_length=1,
-        description="small, medium, large, demo (tiny, comes with the project), a Hugging Face id, "
-        "or a folder in audiocraft's exported format",
+        description="small, medium, large, stereo-small, stereo-medium, stereo-large, demo (tiny, "
+        "comes with the project), a Hugging Face id, or a folder in audiocraft's exported format",
     )
     lr: float = Field(1e-5, gt=0, le=1, description="learning rate after the warm-up")
     epochs: int = Field(
@@ -102,6 +110,11 @@ class Config(Flags):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of crops, order, dropout and samples")
     output_dir: AnyPath = Field("models", description="folder for everything it writes")
+    dry_run: bool = Field(
+        False,
+        description="train nothing: say how much memory the run will take on a GPU, and what would "
+        "lower it; 0 = off",
+    )
     resume: bool = Field(False, description="go on with the stopped run in output_dir")
     overwrite: bool = Field(False, description="replace an earlier run's files in output_dir")
 
@@ -111,6 +124,9 @@ class Config(Flags):
     )
     word_dropout: float = Field(
         0.0, ge=0, lt=1, description="probability of dropping each word of a caption; 0 = off"
+    )
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit keeps its two moments in 8 bit instead of 32"
     )
     max_grad_norm: float = Field(1.0, ge=0, description="gradient norm limit; 0 = off")
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
@@ -128,6 +144,26 @@ class Config(Flags):
     )
     num_workers: int | None = Field(
         None, ge=0, description="processes that read audio; None = up to 4, 0 = the main one"
+    )
+
+    # LoRA.
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        description="train adapters of this rank on all attention and feed-forward layers, "
+        "instead of the weights; 0 = off",
+    )
+    lora_alpha: float | None = Field(
+        None, gt=0, description="the adapters are multiplied by alpha / rank; None = twice the rank"
+    )
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="probability of dropping an adapter's inputs; 0 = off"
+    )
+    lora_rslora: bool = Field(
+        False, description="multiply them by alpha / sqrt(rank), for high ranks; 0 = off"
+    )
+    lora_embeddings: bool = Field(
+        False, description="adapters on token embeddings and output heads too; 0 = off"
     )
 
     # Validation and samples.
@@ -156,7 +192,7 @@ class Config(Flags):
     keep_checkpoints: int = Field(
         0, ge=0, description="how many of the newest lm_<step>.pt to keep; 0 = all"
     )
-    save_dtype: Literal["fp32", "bf16", "fp16"] = Field(
+    save_dtype: SaveDtype = Field(
         "fp32", description="number format of lm_*.pt; the 16 bit ones halve the file"
     )
     wandb_project: str = Field("musicgen-trainer", min_length=1, description="wandb project")
@@ -175,9 +211,15 @@ class Config(Flags):
                 "--tune_text=1 with --no_label=1 leaves nothing to train: empty captions have no "
                 "gradient; leave one of them out"
             )
+        if self.tune_text and self.lora_rank:
+            problems.append("--tune_text and --lora_rank exclude each other: give one of them")
         has_valid = bool(self.valid_path or self.valid_split)
         needs = [
             ("cfg_p", self.use_cfg, "--use_cfg=1"),
+            *(
+                (f"lora_{name}", self.lora_rank > 0, "--lora_rank")
+                for name in ("alpha", "dropout", "rslora", "embeddings")
+            ),
             ("valid_step", has_valid, "--valid_path or --valid_split"),
             ("sample_prompts", bool(self.sample_step), "--sample_step"),
             ("sample_duration", bool(self.sample_step), "--sample_step"),
@@ -191,6 +233,15 @@ class Config(Flags):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def _one_scale_each(folders: list[str], scales: list[float]) -> list[float]:
+    if len(scales) not in (1, len(folders)):
+        raise ValueError(
+            f"--lora_scale has {len(scales)} numbers for {len(folders)} adapters of --lora: give "
+            "one, or one for each"
+        )
+    return scales * len(folders) if len(scales) == 1 else scales
 
 
 class GenerateConfig(Flags):
@@ -208,7 +259,16 @@ class GenerateConfig(Flags):
     model_id: str | None = Field(
         None,
         description="the model that was tuned, as for run.py; None = what run.py noted beside "
-        "the weights, else small",
+        "the weights or in the adapter, else small",
+    )
+    lora: Folders | None = Field(
+        None,
+        description='LoRA adapter: the lora_final folder that run.py left; or ["a", "b"] to add '
+        "several. They go onto the base model unless weights_path is given too",
+    )
+    lora_scale: Numbers = Field(
+        [1.0],
+        description="how strongly: 0 = not at all, 1 = as trained; or [0.7, 0.3], one for each",
     )
     duration: float = Field(30.0, gt=0, description="seconds to generate")
     overlap: float | None = Field(
@@ -235,3 +295,53 @@ class GenerateConfig(Flags):
     output: AnyPath = Field("generated", description="folder, or a .wav name if there is one piece")
     overwrite: bool = Field(False, description="replace existing files of the same name")
     device: Device = Field("auto", description="auto, cuda, mps or cpu")
+
+    @property
+    def scales(self) -> list[float]:
+        """Of each adapter in `lora`."""
+        return _one_scale_each(self.lora or [], self.lora_scale)
+
+    @property
+    def full_weights(self) -> str | None:
+        """--weights_path; its default only without --lora, as run.py merges into that file."""
+        is_default = "weights_path" not in self.model_fields_set
+        return None if self.lora and is_default else self.weights_path
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "GenerateConfig":
+        if self.lora:
+            _one_scale_each(self.lora, self.lora_scale)
+        elif "lora_scale" in self.model_fields_set:
+            raise ValueError("--lora_scale does nothing without --lora: add that, or leave it out")
+        return self
+
+
+class MergeConfig(Flags):
+    """Merge LoRA adapters into plain weights that any audiocraft script loads.
+
+    Example: python lora.py --lora=models/lora_final --lora_scale=0.7
+    """
+
+    lora: Folders = Field(
+        description='the lora_final folder that run.py left; or ["a", "b"] to add several'
+    )
+    lora_scale: Numbers = Field(
+        [1.0],
+        description="how strongly: 0 = not at all, 1 = as trained; or [0.7, 0.3], one for each",
+    )
+    model_id: str | None = Field(
+        None, description="the model that was tuned; None = what the adapter names, else small"
+    )
+    output: AnyPath = Field("merged.pt", description="the file to write")
+    save_dtype: SaveDtype = Field("fp32", description="number format of the file")
+    overwrite: bool = Field(False, description="replace an existing file")
+
+    @property
+    def scales(self) -> list[float]:
+        """Of each adapter in `lora`."""
+        return _one_scale_each(self.lora, self.lora_scale)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "MergeConfig":
+        _one_scale_each(self.lora, self.lora_scale)
+        return self

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import lora
 from config import GenerateConfig
 from flags import UserError, parse, plain_errors
 
@@ -29,13 +30,15 @@ def run(config: GenerateConfig) -> list[Path]:
     for path in (path for group in paths for path in group):
         if path.exists() and not config.overwrite:
             raise UserError(f"{path} exists: give another --output or --seed, or --overwrite=1")
-    if config.weights_path and not Path(config.weights_path).is_file():
+    if config.full_weights and not Path(config.full_weights).is_file():
         raise UserError(
-            f"--weights_path={config.weights_path}: no such file; give the lm_final.pt that run.py "
+            f"--weights_path={config.full_weights}: no such file; give the lm_final.pt that run.py "
             "left, or --weights_path=None for the model as it was"
         )
     if config.prompt_audio and not Path(config.prompt_audio).is_file():
         raise UserError(f"--prompt_audio={config.prompt_audio}: no such file")
+
+    adapters = [lora.read(folder) for folder in config.lora or []]
 
     import torch
     from tqdm import tqdm
@@ -48,8 +51,10 @@ def run(config: GenerateConfig) -> list[Path]:
     device = musicgen.choose_device(config.device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     model = musicgen.load(_model_id(config), device, dtype)
-    if config.weights_path:
-        musicgen.load_weights(model.lm, config.weights_path)
+    if config.full_weights:
+        musicgen.load_weights(model.lm, config.full_weights)
+    for adapter, scale in zip(adapters, config.scales, strict=True):
+        lora.merge(model.lm.state_dict(), adapter, scale, in_place=True)
     overlap_sec = config.overlap or sampling.default_overlap_sec(model)
     if sampling.to_frames(model, overlap_sec) >= sampling.to_frames(model, model.max_duration):
         raise UserError(
@@ -114,11 +119,15 @@ def _output_paths(config: GenerateConfig) -> list[list[Path]]:
 
 
 def _model_id(config: GenerateConfig) -> str:
-    """--model_id, or what run.py noted beside the weights, or small."""
+    """--model_id, or what run.py noted beside the weights or in the adapter, or small."""
     from checkpoint import RUN, read_json
 
-    noted = read_json(Path(config.weights_path).parent / RUN) if config.weights_path else None
-    return config.model_id or (noted or {}).get("model_id", "small")
+    noted = None
+    if config.full_weights:
+        noted = (read_json(Path(config.full_weights).parent / RUN) or {}).get("model_id")
+    elif config.lora:
+        noted = lora.base_model_id(config.lora[0])
+    return config.model_id or noted or "small"
 
 
 def _opening(

@@ -20,8 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recomputed
 
+import published
 from flags import UserError, is_out_of_memory
+from published import SHORT_NAMES
 
 
 def _stand_in_for_xformers() -> None:
@@ -61,17 +64,18 @@ with warnings.catch_warnings(), _without("wandb"):
     from audiocraft.models.encodec import CompressionModel, HFEncodecCompressionModel
     from audiocraft.models.lm import LMModel
     from audiocraft.modules.conditioners import ConditioningAttributes, T5Conditioner
-    from audiocraft.modules.transformer import StreamingTransformerLayer
     from huggingface_hub import snapshot_download
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from safetensors import SafetensorError
     from transformers import EncodecModel as HFEncodecModel
+    from transformers import T5Config
     from transformers.utils import logging as transformers_logging
+
+    import attention  # noqa: F401  (changes audiocraft's)
 
 __all__ = ["ConditioningAttributes", "MusicGen"]  # for the other files: not without the shim above
 
-SHORT_NAMES = {name: f"facebook/musicgen-{name}" for name in ("small", "medium", "large")}
 FOLDERS = {"demo": Path(__file__).parent / "demo" / "model"}
 WEIGHTS = ["state_dict.bin", "compression_state_dict.bin"]
 HF_FILES = ["*.json", "*.model", "model.safetensors"]
@@ -81,10 +85,17 @@ DAMAGES = (OmegaConfBaseException, SafetensorError)
 CODEC_NEEDS = [("config.json",), HF_WEIGHTS]
 
 
-def load(model_id: str, device: torch.device, dtype: torch.dtype = torch.float32) -> MusicGen:
+def load(
+    model_id: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    layers_dtype: torch.dtype | None = None,
+) -> MusicGen:
     """Load a MusicGen by short name, Hugging Face id or folder; offline if it is on disk.
 
     A folder may hold its text encoder in `t5/`; else, and for ids, the Hugging Face cache has it.
+    `dtype` is the language model's number format, `layers_dtype` another one for the matrices of
+    its transformer layers, nearly all of its weights.
     audiocraft's own `MusicGen.get_pretrained` reads the same files, but asks the hub first and
     has no say in the number format.
     Errors: UserError when it is not there, can't be downloaded, or is no text-only MusicGen.
@@ -93,7 +104,7 @@ def load(model_id: str, device: torch.device, dtype: torch.dtype = torch.float32
     try:
         with warnings.catch_warnings(), _quiet_transformers():
             warnings.simplefilter("ignore")
-            lm = _load_lm(folder, model_id, device, dtype)
+            lm = _load_lm(folder, model_id, device, dtype, layers_dtype or dtype)
             codec = _load_codec(folder, model_id, device)
     except (*DAMAGES, KeyError, RuntimeError, OSError, ValueError) as error:
         if is_out_of_memory(error):
@@ -212,7 +223,7 @@ def _lacking(folder: Path, needs: Sequence[tuple[str, ...]]) -> str:
 
 def _read_package(path: Path, model_id: str) -> dict[str, Any]:
     try:
-        package = torch.load(path, map_location="cpu", weights_only=True)
+        package = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load has no class for "this is not my file"
         raise UserError(
             f"--model_id={model_id}: {path.name} can't be read ({type(error).__name__}); "
@@ -249,12 +260,43 @@ def _check_supported(cfg: DictConfig, model_id: str) -> None:
             raise UserError(f"--model_id={model_id}: not a model this can train: {what}")
 
 
-def _load_lm(folder: Path, model_id: str, device: torch.device, dtype: torch.dtype) -> LMModel:
+def read_lm_state(model_id: str) -> dict[str, torch.Tensor]:
+    """The language model's weights as they are on disk, on the CPU. Errors: UserError."""
+    folder = _find_model(model_id)
+    return _read_package(folder / WEIGHTS[0], model_id)["best_state"]
+
+
+def configs(model_id: str) -> tuple[DictConfig, DictConfig, T5Config]:
+    """The configs of language model, codec and text encoder, without loading weights.
+
+    Of a published model they are known, also if it is not on disk. Errors: UserError.
+    """
+    codec, t5 = OmegaConf.create(published.CODEC_CONFIG), T5Config(**published.T5_BASE)
+    if model_id in SHORT_NAMES:
+        return published.lm_config(model_id), codec, t5
+    folder = _find_model(model_id)
+    lm = OmegaConf.create(_read_package(folder / WEIGHTS[0], model_id)["xp.cfg"])
+    _check_supported(lm, model_id)
+    package = _read_package(folder / WEIGHTS[1], model_id)
+    if "xp.cfg" in package:  # else the name of the published one
+        codec = OmegaConf.create(package["xp.cfg"])
+    if (folder / "t5" / "config.json").exists():
+        t5 = T5Config.from_pretrained(folder / "t5")
+    return lm, codec, t5
+
+
+def _load_lm(
+    folder: Path,
+    model_id: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    layers_dtype: torch.dtype,
+) -> LMModel:
     package = _read_package(folder / WEIGHTS[0], model_id)
     cfg = OmegaConf.create(package["xp.cfg"])
     _check_supported(cfg, model_id)
     cfg.device = str(device)
-    cfg.dtype = str(dtype).removeprefix("torch.")
+    cfg.dtype = str(layers_dtype).removeprefix("torch.")
     (name,) = (key for key in cfg.conditioners if key != "args")
     local = folder / "t5"
     if not local.is_dir():
@@ -278,9 +320,18 @@ def _load_lm(folder: Path, model_id: str, device: torch.device, dtype: torch.dty
     off = torch.autocast(device.type, enabled=False)
     conditioner.autocast = off  # type: ignore[assignment]
     conditioner.word_dropout = 0.0  # on in the published configs; here the dataset does it
+    if layers_dtype != dtype:
+        all_but_matrices_to(lm, dtype)
     lm.load_state_dict(package["best_state"])
     lm.cfg = cfg
     return lm
+
+
+def all_but_matrices_to(lm: LMModel, dtype: torch.dtype) -> None:
+    """Bring to `dtype` what is not a matrix of the transformer's layers: 2 % of small's weights."""
+    matrices = {p for p in lm.transformer.layers.parameters() if p.ndim > 1}
+    for parameter in set(lm.parameters()) - matrices:
+        parameter.data = parameter.data.to(dtype)
 
 
 def _load_codec(folder: Path, model_id: str, device: torch.device) -> CompressionModel:
@@ -394,11 +445,16 @@ class TokenLoss(nn.Module):
         text_mask: torch.Tensor,  # [B, L]
     ) -> torch.Tensor:
         """Sum of cross entropies (nats) over each clip's valid tokens, `[B, K]`."""
+        padding = torch.arange(codes.shape[-1], device=codes.device) >= valid_frames[:, None]
+        codes = codes.masked_fill(padding[:, None], self.lm.special_token_id)  # padding: [B, T]
+        sequence = _interleave(self.lm, codes, self.lm.special_token_id)  # [B, K, T] -> [B, K, S]
+        return self.of_sequence(sequence, text, text_mask)
+
+    def of_sequence(
+        self, sequence: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """The same for codes `[B, K, S]` in the order in which the model reads them."""
         lm = self.lm
-        B, _, T = codes.shape
-        padding = torch.arange(T, device=codes.device) >= valid_frames[:, None]  # [B, T]
-        codes = codes.masked_fill(padding[:, None], lm.special_token_id)
-        sequence = _interleave(lm, codes, lm.special_token_id)  # [B, K, T] -> [B, K, S]
         inputs, targets = sequence[..., :-1], sequence[..., 1:]
 
         x = sum(embed(inputs[:, k]) for k, embed in enumerate(lm.emb))  # [B, S - 1, D]
@@ -409,16 +465,25 @@ class TokenLoss(nn.Module):
         if lm.out_norm is not None:
             x = lm.out_norm(x)
 
-        losses = []
-        for k, head in enumerate(lm.linears):
-            loss = F.cross_entropy(
-                head(x).flatten(0, 1),  # [B * (S - 1), card]
-                targets[:, k].flatten(),
-                ignore_index=lm.special_token_id,
-                reduction="none",
-            )
-            losses.append(loss.view(B, -1).sum(1))
+        # Logits are computed again in the backward pass: kept in float32, those of all codebooks
+        # of small would take 49 MB for each clip of 30 s.
+        losses = [
+            recomputed(self._codebook_loss, head, x, targets[:, k], use_reentrant=False)
+            for k, head in enumerate(lm.linears)
+        ]
         return torch.stack(losses, dim=1)
+
+    def _codebook_loss(
+        self, head: nn.Module, x: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """x [B, S - 1, D], targets [B, S - 1] -> [B]."""
+        losses = F.cross_entropy(
+            head(x).flatten(0, 1),  # [B * (S - 1), card]
+            targets.flatten(),
+            ignore_index=self.lm.special_token_id,
+            reduction="none",
+        )
+        return losses.view(len(x), -1).sum(1)
 
 
 def token_counts(lm: LMModel, valid_frames: torch.Tensor, frames: int) -> torch.Tensor:
@@ -437,42 +502,5 @@ def _interleave(lm: LMModel, codes: torch.Tensor, special: int) -> torch.Tensor:
     return pattern.build_pattern_sequence(codes, special, keep_only_valid_steps=True)[0]
 
 
-_attend_unmasked = StreamingTransformerLayer._cross_attention_block
-
-
-def _cross_attention_block(
-    layer: Any,
-    x: torch.Tensor,  # [B, S, D]
-    source: torch.Tensor | tuple[torch.Tensor, torch.Tensor],  # [B, L, D], or with its mask [B, L]
-) -> torch.Tensor:
-    """Cross attention in which a caption's padding has no weight.
-
-    audiocraft attends to the zero vectors that fill up shorter captions in a batch, so that a
-    clip's loss depends on its neighbours' captions; in generation, with one prompt, there is no
-    padding. The null caption keeps its one zero vector.
-    """
-    if isinstance(source, torch.Tensor):
-        return _attend_unmasked(layer, x, source)
-    text, mask = source
-    attention = layer.cross_attention
-    D = attention.embed_dim
-    weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    q = F.linear(x, weight[:D], None if bias is None else bias[:D])
-    kv = F.linear(text, weight[D:], None if bias is None else bias[D:])
-    q, k, v = (
-        t.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, -1))
-    )  # [B, heads, S or L, D / heads]
-    mask = mask.bool()
-    first = torch.arange(mask.shape[1], device=mask.device) == 0
-    x = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=(mask | first)[:, None, None],
-        dropout_p=attention.dropout if layer.training else 0.0,
-    )
-    return layer.dropout_cross(attention.out_proj(x.transpose(1, 2).flatten(2)))
-
-
-StreamingTransformerLayer._cross_attention_block = _cross_attention_block  # type: ignore
-logging.getLogger("audiocraft").setLevel(logging.ERROR)
+for _library in ("audiocraft", "bitsandbytes"):
+    logging.getLogger(_library).setLevel(logging.ERROR)

@@ -4,17 +4,24 @@ from config import Config
 from flags import parse, plain_errors
 
 OUT_OF_MEMORY = (
-    "Use less, in this order: --grad_checkpointing=1; a smaller --batch_size with a larger "
-    "--grad_acc (the same result); a shorter --duration; a smaller --model_id; --tune_text=1."
+    "Use less, in this order: --grad_checkpointing=1; --optimizer=adamw_8bit; a smaller "
+    "--batch_size with a larger --grad_acc (the same result); --lora_rank=16 --lr=1e-4; a shorter "
+    "--duration; a smaller --model_id; --tune_text=1. --dry_run=1 tells how much they save."
 )
 
 
 def main() -> None:
     with plain_errors(OUT_OF_MEMORY):
         config = parse(Config, aliases={"dataset": "dataset_path"})
-        from train import train  # torch and audiocraft: not before the flags are known to be good
+        # torch and audiocraft are not imported before the flags are known to be good
+        if config.dry_run:
+            from memory import dry_run
 
-        train(config)
+            print(dry_run(config))
+        else:
+            from train import train
+
+            train(config)
 
 
 if __name__ == "__main__":

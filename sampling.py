@@ -74,7 +74,7 @@ def generate(
     conditions = [ConditioningAttributes(text={_text_name(model): prompt})] * variations
 
     torch.manual_seed(seed)
-    autocast = torch.autocast("cuda", torch.float16, enabled=model.device.type == "cuda")
+    autocast = _autocast(model)
     while (done := codes.shape[-1]) < total:
         context = codes[..., max(0, done - overlap) :] if done else None
         kept = 0 if context is None else context.shape[-1]
@@ -93,6 +93,15 @@ def generate(
             )
         codes = torch.cat([codes, made[..., kept:]], dim=-1)
     return decode(model, codes)
+
+
+def _autocast(model: MusicGen) -> torch.autocast:
+    """float16 on a GPU; elsewhere the format of the layers' matrices, if that is a short one."""
+    if model.device.type == "cuda":
+        return torch.autocast("cuda", torch.float16)
+    short = {p.dtype for p in model.lm.transformer.parameters()} - {torch.float32}
+    dtype = short.pop() if short else None
+    return torch.autocast(model.device.type, dtype, enabled=dtype is not None)
 
 
 def _text_name(model: MusicGen) -> str:

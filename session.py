@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,7 @@ from torch import nn
 
 import checkpoint
 import dataset
+import lora
 import musicgen
 from config import Config
 from dataset import Clips, Track
@@ -28,7 +29,11 @@ from musicgen import MusicGen, TextEncoder, TokenLoss
 from plan import Plan
 from report import Report, format_seconds, start_wandb
 
+if TYPE_CHECKING:  # slow to import, and only for LoRA
+    from peft import PeftModel
+
 BETAS = (0.9, 0.95)
+FROZEN_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What may differ when a run is resumed (batch_size and grad_acc: if their product is the same);
 # every other flag shapes the training.
 FREE_TO_CHANGE = {
@@ -51,6 +56,7 @@ class Session:
     config: Config
     accelerator: Accelerator
     model: MusicGen
+    adapter: "PeftModel | None"  # model.lm with LoRA
     text_encoder: TextEncoder
     module: nn.Module
     trained: dict[str, nn.Parameter]
@@ -142,7 +148,17 @@ class Session:
         checkpoint.save(self.output / checkpoint.RESUME, state)
 
     def save_lm(self, path: Path) -> None:
-        checkpoint.save(path, checkpoint.lm_state_dict(self.model.lm, self.config.save_dtype))
+        """Write the language model's weights, an adapter merged into those that it was put on."""
+        state = self.model.lm.state_dict()
+        if self.adapter:
+            state = musicgen.read_lm_state(self.config.model_id)
+            lora.merge(state, lora.parts(self.adapter))
+        checkpoint.save(path, checkpoint.portable(state, self.config.save_dtype))
+
+    def save_final(self) -> None:
+        self.save_lm(self.output / checkpoint.FINAL)
+        if self.adapter:
+            lora.save(self.adapter, self.output / checkpoint.LORA)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over a resume state. Errors: UserError if it is of another run than the flags'."""
@@ -193,29 +209,21 @@ def start(config: Config) -> Session:
     state = checkpoint.load_resume(output) if config.resume else None
 
     accelerator, why_precision = _start_accelerator(config)
-    model = musicgen.load(config.model_id, accelerator.device)
+    # What is frozen gives the same in the format that autocast would bring it to, in half the room.
+    frozen_dtype = FROZEN_DTYPES[accelerator.mixed_precision] if config.lora_rank else None
+    model = musicgen.load(config.model_id, accelerator.device, layers_dtype=frozen_dtype)
     lm = model.lm
-    if config.grad_checkpointing:
-        lm.transformer.checkpointing = "torch"
-    lm.requires_grad_(not config.tune_text)
-    lm.condition_provider.requires_grad_(True)
+    adapter = set_up_training(config, lm)
     trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
     module, optimizer = accelerator.prepare(TokenLoss(lm), _make_optimizer(config, trained))
-    frames = _crop_frames(config, model, tracks)
-    plan = Plan(
-        files=len(tracks),
-        batch_size=config.batch_size,
-        grad_acc=config.grad_acc,
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-        seed=config.seed,
-        processes=accelerator.num_processes,
-    )
+    frames = crop_frames(config, model.max_duration, model.frame_rate, tracks)
+    plan = make_plan(config, len(tracks), accelerator.num_processes)
     total = plan.total_steps
     session = Session(
         config=config,
         accelerator=accelerator,
         model=model,
+        adapter=adapter,
         text_encoder=TextEncoder(lm),
         module=module,
         trained=trained,
@@ -275,6 +283,13 @@ def _start_accelerator(config: Config) -> tuple[Accelerator, str]:
         why = "this GPU has it" if has_bf16 else "this GPU has no bf16"
     elif precision == "auto":
         precision, why = "fp32", f"on {device}, slow but exact"
+    not_on_mps = {
+        "--optimizer=adamw_8bit": config.optimizer == "adamw_8bit",
+        "--lora_dropout": config.lora_dropout > 0,  # recomputed parts would drop other inputs
+    }
+    for flag, is_asked in not_on_mps.items():
+        if is_asked and device == "mps":
+            raise UserError(f"{flag}: does not work on mps; leave it out")
     if precision == "fp16" and device != "cuda":
         raise UserError(f"--precision=fp16 needs a CUDA GPU, this is {device}: use fp32 or bf16")
     if precision == "bf16" and device == "cuda" and not has_bf16:
@@ -288,30 +303,78 @@ def _start_accelerator(config: Config) -> tuple[Accelerator, str]:
     return accelerator, f"{precision} ({why})"
 
 
-def _make_optimizer(config: Config, trained: dict[str, nn.Parameter]) -> torch.optim.AdamW:
+def make_plan(config: Config, files: int, processes: int) -> Plan:
+    return Plan(
+        files=files,
+        batch_size=config.batch_size,
+        grad_acc=config.grad_acc,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        seed=config.seed,
+        processes=processes,
+    )
+
+
+def set_up_training(config: Config, lm: Any) -> "PeftModel | None":
+    """Freeze what the flags don't train, put adapters on; returns the model with them, if any."""
+    if config.grad_checkpointing:
+        lm.transformer.checkpointing = "torch"
+    lm.requires_grad_(not config.tune_text)
+    lm.condition_provider.requires_grad_(True)
+    if not config.lora_rank:
+        return None
+    torch.manual_seed(config.seed)
+    return lora.attach(
+        lm,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha or 2 * config.lora_rank,
+        dropout=config.lora_dropout,
+        rslora=config.lora_rslora,
+        ends=config.lora_embeddings,
+        base=musicgen.portable_id(config.model_id),
+    )
+
+
+def _make_optimizer(config: Config, trained: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW without decay on biases and norms (all that are vectors)."""
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained.values() if p.ndim >= 2]},
         {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=BETAS,
-        weight_decay=config.weight_decay,
-        fused=True,  # there is one for CUDA, MPS and the CPU
-    )
+    groups = [group for group in groups if group["params"]]
+    how: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": BETAS,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise UserError(
+                f"--optimizer=adamw_8bit needs bitsandbytes, which can't be imported ({error}): "
+                "pip install bitsandbytes, or use --optimizer=adamw"
+            ) from None
+        return AdamW8bit(groups, **how)
+    return torch.optim.AdamW(groups, **how, fused=True)  # for CUDA, MPS and the CPU
 
 
-def _crop_frames(config: Config, model: MusicGen, tracks: list[Track]) -> int:
-    """T: --duration in token frames, but no more than the longest file has."""
-    if config.duration > model.max_duration:
+def crop_frames(config: Config, window_sec: float, frame_rate: float, tracks: list[Track]) -> int:
+    """T: --duration in token frames, but no more than the longest file has. Errors: UserError."""
+    if config.duration > window_sec:
         raise UserError(
             f"--duration={config.duration:g}: {config.model_id} knows pieces of up to "
-            f"{model.max_duration:g} s; give at most that"
+            f"{window_sec:g} s; give at most that"
         )
     longest = max(track.duration_sec for track in tracks)
-    return min(round(config.duration * model.frame_rate), math.ceil(longest * model.frame_rate))
+    return min(round(config.duration * frame_rate), math.ceil(longest * frame_rate))
+
+
+def moments_bytes(config: Config, parameters: int) -> int:
+    """What the optimizer keeps of so many parameters."""
+    if config.optimizer == "adamw_8bit":
+        return 2 * parameters + parameters // 32  # and two scales in float32 for each 256
+    return 8 * parameters
 
 
 def _make_clips(
@@ -332,7 +395,7 @@ def _space_needed(session: Session) -> int:
     """Bytes on disk at the worst moment: checkpoints, and an old and a new resume state."""
     config, total = session.config, session.total
     weights = sum(p.numel() for p in session.trained.values())
-    resume = 4 * weights * (3 + bool(session.ema))  # weights, Adam's two moments, average
+    resume = 4 * weights * (1 + bool(session.ema)) + moments_bytes(config, weights)
     lm = sum(t.numel() for t in session.model.lm.state_dict().values())
     lm *= 4 if config.save_dtype == "fp32" else 2
     if not config.save_step:
@@ -360,6 +423,11 @@ def _facts(session: Session, precision: str) -> dict[str, str]:
     captions = "none, as no_label=1" if config.no_label else "from .txt files"
     if config.use_cfg:
         captions += f", dropped with probability {config.cfg_p:g}"
+    adapters = ""
+    if config.lora_rank:
+        adapters = f" as LoRA of rank {config.lora_rank}"
+        if "lr" not in config.model_fields_set:
+            adapters += f"; --lr={config.lr:g} is for all weights, LoRA usually takes 1e-4"
     facts = {
         "data": f"{len(tracks)} files, {format_seconds(_seconds(tracks))} of audio, {lengths}",
         "held out": f"{len(held_out)} files, {format_seconds(_seconds(held_out))}, every "
@@ -368,7 +436,7 @@ def _facts(session: Session, precision: str) -> dict[str, str]:
         else "none (see --valid_split)",
         "captions": captions,
         "model": f"{config.model_id}, {everything / 1e6:.1f} M parameters, "
-        f"{trained / 1e6:.1f} M trained",
+        f"{trained / 1e6:.1f} M trained{adapters}",
         "device": f"{session.accelerator.device}, {session.accelerator.num_processes} process(es)",
         "precision": precision,
         "batch": f"{plan.clips_per_step} clips a step: {config.batch_size} x {config.grad_acc} "

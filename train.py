@@ -203,7 +203,7 @@ def _do_what_is_due(run: Session, stop: StopSignals) -> None:
                 run.save_lm(checkpoint.checkpoint_path(run.output, step))
                 checkpoint.prune(run.output, config.keep_checkpoints)
             if run.report and last:
-                run.save_lm(run.output / checkpoint.FINAL)
+                run.save_final()
     if saves or (run.report and last and config.save_step):
         run.save_resume(is_finished=last)
     elif run.report and last:  # of an earlier, interrupted part of this run

@@ -16,74 +16,8 @@ from typing import Any
 
 import numpy as np
 
+import published
 from demo.music import song
-
-# The published small's two configs; source: audiocraft's config/ (model/lm/musicgen_lm.yaml,
-# conditioner/text2music.yaml, model/encodec/encodec_large_nq4_s640.yaml and their defaults).
-# Whoever loads them sets device and dtype.
-LM_CONFIG = """
-solver: musicgen
-device: cuda
-dtype: float16
-sample_rate: 32000
-channels: 1
-efficient_attention_backend: torch
-compression_model_checkpoint: //pretrained/facebook/encodec_32khz
-compression_model_n_q: null
-interleave_stereo_codebooks: {use: false, per_timestep: false}
-dataset:
-  segment_duration: 30
-  min_segment_ratio: 0.8
-  train: {merge_text_p: 0.25, drop_desc_p: 0.5, drop_other_p: 0.5}
-tokens: {padding_with_special_token: false}
-lm_model: transformer_lm
-codebooks_pattern:
-  modeling: delay
-  delay: {delays: [0, 1, 2, 3], flatten_first: 0, empty_initial: 0}
-  unroll: {flattening: [0, 1, 2, 3], delays: [0, 0, 0, 0]}
-  music_lm: {group_by: 2}
-  coarse_first: {delays: [0, 0, 0]}
-transformer_lm: {
-  dim: 1024, num_heads: 16, num_layers: 24, hidden_scale: 4, n_q: 4, card: 2048, dropout: 0.0,
-  emb_lr: null, activation: gelu, norm: layer_norm, norm_first: true, bias_ff: false,
-  bias_attn: false, bias_proj: false, past_context: null, causal: true, custom: false,
-  memory_efficient: true, attention_as_float32: false, layer_scale: null,
-  positional_embedding: sin, xpos: false, checkpointing: none, weight_init: gaussian,
-  depthwise_init: current, zero_bias_init: true, cross_attention: false, qk_layer_norm: false,
-  qk_layer_norm_cross: false, attention_dropout: null, kv_repeat: 1, two_step_cfg: false}
-classifier_free_guidance: {training_dropout: 0.3, inference_coef: 3.0}
-attribute_dropout: {}
-fuser: {
-  cross_attention_pos_emb: false, cross_attention_pos_emb_scale: 1, sum: [], prepend: [],
-  cross: [description], input_interpolate: []}
-conditioners:
-  description:
-    model: t5
-    t5: {name: t5-base, finetune: false, word_dropout: 0.3, normalize_text: false}
-"""
-CODEC_CONFIG = """
-solver: compression
-device: cuda
-dtype: float32
-sample_rate: 32000
-channels: 1
-compression_model: encodec
-encodec: {
-  autoencoder: seanet, quantizer: rvq, sample_rate: 32000, channels: 1, causal: false,
-  renormalize: false}
-seanet: {
-  dimension: 128, channels: 1, causal: false, n_filters: 64, n_residual_layers: 1,
-  ratios: [8, 5, 4, 4], activation: ELU, activation_params: {alpha: 1.0}, norm: weight_norm,
-  norm_params: {}, kernel_size: 7, residual_kernel_size: 3, last_kernel_size: 7,
-  dilation_base: 2, pad_mode: constant, true_skip: true, compress: 2, lstm: 2,
-  disable_norm_outer_blocks: 0, encoder: {},
-  decoder: {trim_right_ratio: 1.0, final_activation: null, final_activation_params: null}}
-rvq: {
-  n_q: 4, q_dropout: false, bins: 2048, decay: 0.99, kmeans_init: true, kmeans_iters: 50,
-  threshold_ema_dead_code: 2, orthogonal_reg_weight: 0.0,
-  orthogonal_reg_active_codes_only: false}
-no_quant: {}
-"""
 
 WORDS = """a and with in of the bpm slow steady lively fast gentle bright wistful dark happy sad
     calm waltz tune song ballad music piano guitar plucked electric acoustic flute bell bells synth
@@ -122,21 +56,18 @@ def build_musicgen(
     from audiocraft.modules.conditioners import T5Conditioner
     from omegaconf import OmegaConf
 
-    delays = [0, 0, 1, 1, 2, 2, 3, 3] if stereo else [0, 1, 2, 3]
     sizes = {"dim": dim, "num_heads": num_heads, "num_layers": num_layers, "card": card}
     lm_sizes = {
-        "channels": 2 if stereo else 1,
-        "interleave_stereo_codebooks": {"use": stereo},
         "dataset": {"segment_duration": segment_sec},
-        "codebooks_pattern": {"delay": {"delays": delays}},
-        "transformer_lm": {**sizes, "n_q": len(delays), "dropout": dropout},
+        "transformer_lm": {**sizes, "dropout": dropout},
     }
     codec_sizes = {
         "seanet": {"dimension": codec_dim, "n_filters": n_filters},
         "rvq": {"bins": card},
     }
-    lm_cfg: Any = OmegaConf.merge(OmegaConf.create(LM_CONFIG), lm_sizes)
-    codec_cfg: Any = OmegaConf.merge(OmegaConf.create(CODEC_CONFIG), codec_sizes)
+    stereo_changes = published.STEREO if stereo else {}
+    lm_cfg: Any = OmegaConf.merge(OmegaConf.create(published.LM_CONFIG), stereo_changes, lm_sizes)
+    codec_cfg: Any = OmegaConf.merge(OmegaConf.create(published.CODEC_CONFIG), codec_sizes)
 
     # The config says t5-base, but the LM is built with our own: audiocraft takes only what is in
     # its list and its table of widths, so ours is in them while we build.

@@ -5,7 +5,9 @@ import re
 import pytest
 from conftest import ROOT
 
-from config import Config, Flags, GenerateConfig
+from config import Config, Flags, GenerateConfig, MergeConfig
+
+COMMANDS = [Config, GenerateConfig, MergeConfig]
 
 
 def row(name: str, flags: type[Flags]) -> str:
@@ -16,10 +18,10 @@ def row(name: str, flags: type[Flags]) -> str:
     return f"| `--{name}` | {default} | {field.description} |"
 
 
-@pytest.mark.parametrize("flags", [Config, GenerateConfig])
+@pytest.mark.parametrize("flags", COMMANDS)
 def test_readme_tells_every_flag(flags: type[Flags]) -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     missing = [row(name, flags) for name in flags.model_fields if row(name, flags) not in lines]
     assert not missing, "put these rows into README.md:\n" + "\n".join(missing)
     told = {match[1] for line in lines if (match := re.match(r"\| `--(\w+)` ", line))}
-    assert told == Config.model_fields.keys() | GenerateConfig.model_fields.keys()
+    assert told == {name for command in COMMANDS for name in command.model_fields}

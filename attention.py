@@ -1,0 +1,91 @@
+"""audiocraft's attention, changed in two places.
+
+While it trains, a caption's padding gets no weight; and LoRA's adapters on the fused projection of
+queries, keys and values cost what they are worth.
+
+Letters: B batch, S pattern steps, L text tokens, D model width.
+"""
+
+from typing import Any
+
+import torch
+from audiocraft.modules.transformer import StreamingTransformerLayer
+from torch.nn import functional as F
+
+_attend_to_itself = StreamingTransformerLayer._sa_block
+_attend_unmasked = StreamingTransformerLayer._cross_attention_block
+
+
+def _self_attention_block(
+    layer: Any, x: torch.Tensor, attn_mask: None, key_padding_mask: None
+) -> torch.Tensor:
+    """Causal self attention; x and the result are [B, S, D]."""
+    attention = layer.self_attn
+    if not _is_adapted(attention):
+        return _attend_to_itself(layer, x, attn_mask, key_padding_mask)
+    q, k, v = project(attention, x).chunk(3, dim=-1)
+    # Of one step nothing comes later; audiocraft takes several steps only from the start.
+    return layer.dropout1(_attend(layer, attention, q, k, v, is_causal=x.shape[1] > 1))
+
+
+def _cross_attention_block(
+    layer: Any,
+    x: torch.Tensor,  # [B, S, D]
+    source: torch.Tensor | tuple[torch.Tensor, torch.Tensor],  # [B, L, D], or with its mask [B, L]
+) -> torch.Tensor:
+    """Cross attention in which a caption's padding has no weight.
+
+    audiocraft attends to the zero vectors that fill up shorter captions in a batch, so that a
+    clip's loss depends on its neighbours' captions; in generation, with one prompt, there is no
+    padding. The null caption keeps its one zero vector.
+    """
+    attention = layer.cross_attention
+    if isinstance(source, torch.Tensor):
+        if not _is_adapted(attention):
+            return _attend_unmasked(layer, x, source)
+        source = source, torch.ones(source.shape[:2], device=source.device)
+    text, mask = source
+    D = x.shape[-1]
+    q = project(attention, x, slice(0, D))
+    k, v = project(attention, text, slice(D, None)).chunk(2, dim=-1)
+    mask = mask.bool()
+    first = torch.arange(mask.shape[1], device=mask.device) == 0
+    mask = (mask | first)[:, None, None]
+    return layer.dropout_cross(_attend(layer, attention, q, k, v, attn_mask=mask))
+
+
+def project(attention: Any, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+    """`rows` of the fused projection of queries, keys and values [3 * D, D], with its adapters.
+
+    peft would add B A to the weight, keep the sum for the backward pass and compute the whole
+    weight's gradient on the way to those of A and B. Here x goes through A and B by itself.
+    """
+    base = attention.get_base_layer() if _is_adapted(attention) else attention
+    bias = base.in_proj_bias
+    out = F.linear(x, base.in_proj_weight[rows], None if bias is None else bias[rows])
+    if base is attention:
+        return out
+    for name in attention.active_adapters:
+        inner = attention.lora_A[name](attention.lora_dropout[name](x))
+        outer = F.linear(inner, attention.lora_B[name].weight[rows])
+        out = out + attention.scaling[name] * outer
+    return out
+
+
+def _attend(
+    layer: Any, attention: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any
+) -> torch.Tensor:
+    base = attention.get_base_layer() if _is_adapted(attention) else attention
+    q, k, v = (t.unflatten(-1, (base.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    k, v = base._complete_kv(k, v)  # while streaming, with those of the steps before
+    dropout = base.dropout if layer.training else 0.0
+    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **how)
+    return base.out_proj(x.transpose(1, 2).flatten(2))
+
+
+def _is_adapted(attention: Any) -> bool:
+    return hasattr(attention, "lora_A")
+
+
+StreamingTransformerLayer._sa_block = _self_attention_block  # type: ignore
+StreamingTransformerLayer._cross_attention_block = _cross_attention_block  # type: ignore

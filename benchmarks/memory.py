@@ -1,0 +1,119 @@
+"""Memory that training really takes, beside what --dry_run says.
+
+    python -m benchmarks.memory measure     # the true small
+    python -m benchmarks.memory table       # computes the README's table
+
+From the project's root. Each line is a process of its own: a language model of the true size with
+random weights takes two steps on random codes of 30 s, on the CPU in bf16; measured is the peak of
+the process (ru_maxrss) less what it held before it built the model. Text encoder and EnCodec are
+left out, of both numbers.
+"""
+
+import multiprocessing
+import platform
+import resource
+import sys
+from typing import Any
+
+import fire
+import psutil
+import torch
+
+import memory
+import musicgen
+import session
+from config import Config
+
+MEASURED: list[dict[str, Any]] = [
+    {},
+    {"grad_checkpointing": 1},
+    {"optimizer": "adamw_8bit"},
+    {"lora_rank": 16},
+    {"lora_rank": 16, "grad_checkpointing": 1},
+    {"batch_size": 4},
+    {"batch_size": 4, "grad_checkpointing": 1},
+    {"batch_size": 4, "grad_checkpointing": 1, "grad_acc": 2},
+    {"batch_size": 4, "lora_rank": 16},
+    {"batch_size": 4, "lora_rank": 16, "grad_checkpointing": 1},
+]
+FRAMES, DTYPE = 1500, torch.bfloat16
+MB = 1e6
+
+
+def flags(**changes: Any) -> Config:
+    given = {"dataset_path": ".", "batch_size": 1, "grad_acc": 1, **changes}
+    return Config(**given)
+
+
+def measure() -> None:
+    """Each of MEASURED at the true size of small, and the prediction."""
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
+    print(f"{'measured':>10} {'computed':>10} {'ratio':>6}  flags")
+    model = musicgen.configs("small")
+    for changes in MEASURED:
+        config = flags(**changes)
+        need = memory.estimate(config, model, FRAMES, DTYPE)
+        computed = need.language_model_peak
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            measured = pool.apply(peak_of_two_steps, (config,))
+        words = " ".join(
+            f"--{name}={int(v) if isinstance(v, bool) else v}" for name, v in changes.items()
+        )
+        print(
+            f"{measured / MB:7.0f} MB {computed / MB:7.0f} MB {computed / measured:6.2f}  {words}",
+            flush=True,
+        )
+
+
+def peak_of_two_steps(config: Config) -> int:
+    """Bytes that this process takes at most, in a fresh process."""
+    model = musicgen.configs("small")
+    lm = memory.build_lm(config, model, model[0].transformer_lm.num_layers, DTYPE)
+    warm_up()
+    before = psutil.Process().memory_info().rss
+    lm.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.normal_(std=0.02)
+    trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
+    optimizer = session._make_optimizer(config, trained)
+    loss_module = musicgen.TokenLoss(lm)
+    B = config.batch_size
+    text, mask = torch.randn(B, 32, model[2].d_model), torch.ones(B, 32)
+    for _ in range(2):
+        for _ in range(config.grad_acc):
+            codes = torch.randint(lm.card, (B, lm.num_codebooks, FRAMES))
+            with torch.autocast("cpu", DTYPE):
+                loss = loss_module(codes, torch.full((B,), FRAMES), text, mask).mean()
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
+
+
+def warm_up() -> None:
+    """What torch's libraries take once, whatever the model."""
+    with torch.autocast("cpu", DTYPE):
+        layer = torch.nn.Linear(64, 64)
+        layer(torch.randn(8, 64)).sum().backward()
+
+
+def table() -> None:
+    """GB at the peak at 30 s in bf16, full and LoRA of rank 16, by batch size."""
+    sizes = (1, 4, 8)
+    titles = [f"{kind}, batch {size}" for kind in ("all weights", "LoRA") for size in sizes]
+    print(f"| | {' | '.join(titles)} |\n{'|---' * 7}|")
+    for name in ("small", "medium", "large", "stereo-large"):
+        model = musicgen.configs(name)
+        cells = []
+        for changes in ({"optimizer": "adamw_8bit"}, {"lora_rank": 16}):
+            for batch_size in sizes:
+                config = flags(grad_checkpointing=True, batch_size=batch_size, **changes)
+                need = memory.estimate(config, model, FRAMES, DTYPE)
+                cells.append(f"{need.peak / 1e9:.1f}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    fire.Fire({"measure": measure, "table": table})

@@ -1,0 +1,67 @@
+"""--dry_run: what it says, that it needs neither weights nor network, and what moves the peak."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config
+
+import memory
+import musicgen
+import run
+
+
+def need(folder, **flags) -> memory.Need:
+    config = tiny_config("demo", folder, folder / "out", **flags)
+    return memory.estimate(config, musicgen.configs("demo"), 100, torch.bfloat16)
+
+
+def test_it_counts_the_model_that_a_run_would_train(tmp_path):
+    lm = musicgen.load("demo", torch.device("cpu")).lm
+    found = need(tmp_path)
+    assert found.parameters == found.trained == sum(p.numel() for p in lm.parameters())
+    assert found.weights == found.gradients == 4 * found.parameters
+    assert found.optimizer == 8 * found.parameters
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+def test_activations_are_those_of_all_layers(grad_checkpointing, batch_size, tmp_path):
+    """Two layers are measured, the others follow: compare with all five measured."""
+    flags = {"grad_checkpointing": grad_checkpointing, "batch_size": batch_size}
+    config = tiny_config("demo", tmp_path, tmp_path / "out", **flags)
+    whole = memory._measure(config, musicgen.configs("demo"), 5, 100, torch.bfloat16)
+    peak = max(whole.forward, whole.backward)
+    assert need(tmp_path, **flags).activations == pytest.approx(peak, rel=0.01)
+
+
+def test_each_flag_lowers_the_part_that_it_is_for(tmp_path):
+    base = need(tmp_path)
+    checkpointed = need(tmp_path, grad_checkpointing=True)
+    assert checkpointed.activations < 0.8 * base.activations
+    assert checkpointed.weights == base.weights
+    assert need(tmp_path, optimizer="adamw_8bit").optimizer < 0.3 * base.optimizer
+    adapted = need(tmp_path, lora_rank=4)
+    assert adapted.trained < 0.1 * base.trained
+    assert adapted.weights < 0.7 * base.weights
+    assert need(tmp_path, batch_size=4).activations > 1.5 * base.activations
+    assert need(tmp_path, tune_text=True).trained == 64 * 192 + 192  # T5's width to the model's
+
+
+def test_dry_run_of_a_published_model_needs_no_weights(cli, make_pairs, tmp_path):
+    data = make_pairs()
+    result = cli(run, "--dry_run", dataset_path=data, output_dir=tmp_path / "out", lora_rank=16)
+    assert result.code == 0, result.err
+    assert "small, 4" in result.out
+    assert "at the peak" in result.out
+    assert "--grad_checkpointing=1" in result.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_published_sizes():
+    """Parameters as the loaded models have them; small's is also Meta's figure."""
+    for name, millions in (("small", 420.4), ("stereo-small", 437.2)):
+        model = musicgen.configs(name)
+        config = tiny_config(name, Path(), Path("out"))
+        lm = memory.build_lm(config, model, model[0].transformer_lm.num_layers, torch.bfloat16)
+        assert round(sum(p.numel() for p in lm.parameters()) / 1e6, 1) == millions
