@@ -127,7 +127,7 @@ ocarina changed this, on tunes and prompts that it was not trained on:
   Look:    {PICTURE}, {MODELS}/training.png
   Use:     {MODELS}/lm_final.pt, the trained weights
 
-It is 500 times smaller than MusicGen's large, so don't expect a concert. For real music,
+It is 900 times smaller than MusicGen's large, so don't expect a concert. For real music,
 fine-tune a published model on your own recordings:
 
   python run.py --dataset_path=my_music"""

@@ -2,8 +2,9 @@
 
     python -m demo.build.codec
 
-Reads demo/output/build/{pretrain,codec}/, leaves decoder.pt beside them, and losses in *.jsonl.
-A run that was stopped goes on from its last checkpoint.
+Reads demo/output/build/{pretrain,codec}/, leaves codec.bin beside them, in half precision and
+audiocraft's exported format, and codec.png beside this file. A run that was stopped goes on from
+its last checkpoint.
 """
 
 import json
@@ -21,12 +22,16 @@ import musicgen  # noqa: F401  (stands in for the xformers that audiocraft impor
 # isort: split
 from audiocraft.losses import MultiScaleMelSpectrogramLoss
 from audiocraft.models.builders import get_compression_model
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
+from scipy.ndimage import uniform_filter1d
 
+import published
+from demo import tiny
 from demo.build.music import WORK
 from demo.build.render import RATE
-from demo.tiny import CODEC_CONFIG
 
+EXPORTED = WORK / "codec.bin"
 CARD = 512  # codebook size
 SIZES = {"seanet": {"dimension": 64, "n_filters": 12}, "rvq": {"bins": CARD}}
 STEPS = 8_500
@@ -42,7 +47,7 @@ INPUT_GAIN = 3.0  # music is at about -20 dBFS, and the network likes numbers ne
 
 def config() -> Any:
     """The codec's config: the published one with our sizes."""
-    return OmegaConf.merge(OmegaConf.create(CODEC_CONFIG), SIZES)
+    return OmegaConf.merge(OmegaConf.create(published.CODEC_CONFIG), SIZES)
 
 
 def build(cfg: Any) -> Any:
@@ -60,6 +65,9 @@ def main() -> None:
     _fit(codec, "codec", STEPS, LR)
     codec.half().float()  # as it is shipped
     _fit(codec, "decoder", DECODER_STEPS, DECODER_LR)
+    _draw_losses(Path(__file__).with_suffix(".png"))
+    tiny.export(EXPORTED.with_suffix(".tmp"), codec.half(), config())
+    EXPORTED.with_suffix(".tmp").replace(EXPORTED)
 
 
 def _fit(codec: Any, name: str, steps: int, lr: float) -> None:
@@ -178,6 +186,19 @@ def _revive(codec: Any, wav: torch.Tensor) -> None:
         book.embed_avg[dead] = fresh * 2 * DEAD
         book.cluster_size[dead] = 2 * DEAD
         residual = residual - book.decode(book.quantize(residual))
+
+
+def _draw_losses(path: Path) -> None:
+    rows = [json.loads(line) for line in (WORK / "codec.jsonl").open()]
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name in ("l1", "mel", "commit"):
+        smooth = uniform_filter1d([row[name] for row in rows], 9)
+        axes.plot([row["step"] for row in rows], smooth, label=name)
+    axes.set(title="codec: losses", xlabel="step", ylim=(0, 1.2))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ PRETRAIN = {
     "valid_path": WORK / "pretrain_valid",
     "output_dir": PRETRAINED,
     "duration": WINDOW_SEC,
-    "max_steps": 1800,
+    "max_steps": 2600,
     "batch_size": 8,
     "grad_acc": 1,
     "lr": 2e-3,
@@ -48,16 +48,15 @@ PRETRAIN = {
     "use_cfg": 1,
     "cfg_p": 0.1,
     "precision": "bf16",
-    "valid_step": 600,
+    "valid_step": 400,
     "save_step": 200,
     "keep_checkpoints": 1,
 }
 
 
 def main() -> None:
-    codec.main()
-    trained = codec.build(codec.config())
-    trained.load_state_dict(torch.load(WORK / "decoder.pt", weights_only=True)["codec"])
+    if not codec.EXPORTED.exists():
+        codec.main()
     if not (START / "compression_state_dict.bin").exists():
         sizes = codec.SIZES["seanet"]
         tiny.build_musicgen(
@@ -69,10 +68,11 @@ def main() -> None:
             segment_sec=WINDOW_SEC,
             words=WORDS,
         )
-    # in half precision, as it is shipped: what the LM learns is what the shipped codec says
-    tiny.export(START / "compression_state_dict.bin", trained.half(), codec.config())
+    # as it is shipped: what the language model learns is what that codec says
+    shutil.copy(codec.EXPORTED, START / "compression_state_dict.bin")
     if not (PRETRAINED / "lm_final.pt").exists():
         run("run.py", PRETRAIN | {"resume": int((PRETRAINED / "resume.pt").exists())})
+    shutil.copy(PRETRAINED / "training.png", Path(__file__).with_suffix(".png"))
     export()
 
 

@@ -1,6 +1,6 @@
 """Measure the demo's model on held-out music: `python -m demo.build.report`.
 
-Needs the music of `python -m demo.build.music pretrain`; leaves report.json and curves.png beside
+Needs the music of `python -m demo.build.music pretrain`; leaves report.json beside
 this file.
 """
 
@@ -10,16 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from scipy.ndimage import uniform_filter1d
 
 import musicgen
 import sampling
 from demo import measure
 from demo.build.music import WORK
 from demo.build.render import INSTRUMENTS
+from demo.demo import GENERATE
 
-HERE = Path(__file__).parent
 CLIP_SEC = 10
 
 
@@ -33,9 +31,8 @@ def main() -> None:
         "language model": cross_entropies(model, held_out, others),
         "prompts": prompts_told_apart(model),
     }
-    (HERE / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    Path(__file__).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
-    draw_curves(HERE / "curves.png")
 
 
 @torch.no_grad()
@@ -106,34 +103,13 @@ def prompts_told_apart(
             overlap_sec=sampling.default_overlap_sec(model),
             seed=0,
             variations=takes,
+            sampling=sampling.Sampling(GENERATE["top_k"], temperature=GENERATE["temperature"]),
         )
         verdicts = [judge.verdict(wav[0].numpy()) for wav in wavs]
         right[instrument.name] = verdicts.count(instrument.name)
     share = sum(right.values()) / takes / len(right)
     chance = 1 / len(judge.instruments)
     return {"right": right, "of": takes, "share": round(share, 3), "chance": round(chance, 3)}
-
-
-def draw_curves(path: Path) -> None:
-    """Training of the codec and of the language model, side by side."""
-    codec = [json.loads(line) for line in (WORK / "codec.jsonl").open()]
-    lm = [json.loads(line) for line in (WORK / "pretrained" / "metrics.jsonl").open()]
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name in ("l1", "mel", "commit"):
-        smooth = uniform_filter1d([row[name] for row in codec], 9)
-        left.plot([row["step"] for row in codec], smooth, label=name)
-    left.set(title="codec: losses", xlabel="step", ylim=(0, 1.2))
-    for name, label in (("loss", "training"), ("valid_loss", "held out")):
-        rows = [row for row in lm if name in row]
-        values = [row[name] for row in rows]
-        smooth = uniform_filter1d(values, 25) if name == "loss" else values
-        right.plot([row["step"] for row in rows], smooth, label=label)
-    right.set(title="language model: cross entropy", xlabel="step", ylabel="nats a token")
-    for axes in (left, right):
-        axes.legend()
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
 
 
 def _read(path: Path) -> measure.Audio:
