@@ -271,11 +271,12 @@ def configs(model_id: str) -> tuple[DictConfig, DictConfig, T5Config]:
 
     Of a published model they are known, also if it is not on disk. Errors: UserError.
     """
-    codec, t5 = OmegaConf.create(published.CODEC_CONFIG), T5Config(**published.T5_BASE)
+    codec: Any = OmegaConf.create(published.CODEC_CONFIG)
+    t5 = T5Config(**published.T5_BASE)
     if model_id in SHORT_NAMES:
         return published.lm_config(model_id), codec, t5
     folder = _find_model(model_id)
-    lm = OmegaConf.create(_read_package(folder / WEIGHTS[0], model_id)["xp.cfg"])
+    lm: Any = OmegaConf.create(_read_package(folder / WEIGHTS[0], model_id)["xp.cfg"])
     _check_supported(lm, model_id)
     package = _read_package(folder / WEIGHTS[1], model_id)
     if "xp.cfg" in package:  # else the name of the published one

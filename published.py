@@ -88,7 +88,7 @@ STEREO = {
 }
 
 # The text encoder, t5-base; source: its config.json on Hugging Face.
-T5_BASE = {
+T5_BASE: dict[str, Any] = {
     "vocab_size": 32128,
     "d_model": 768,
     "d_kv": 64,

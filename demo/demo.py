@@ -38,7 +38,7 @@ TRAIN = {
     "use_cfg": 1,
     "valid_step": 40,
 }
-GENERATE = {
+GENERATE: dict[str, Any] = {
     "prompt": json.dumps(PROMPTS),
     "model_id": "demo",
     "duration": 8,
