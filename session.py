@@ -39,7 +39,15 @@ FROZEN_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 FREE_TO_CHANGE = {
     *("dataset_path", "batch_size", "grad_acc", "epochs", "max_steps", "output_dir", "resume"),
     *("lr", "precision", "max_grad_norm"),  # the cures of a loss that is not finite
-    *("overwrite", "device", "grad_checkpointing", "num_workers", "valid_path", "valid_split"),
+    *(
+        "overwrite",
+        "dry_run",
+        "device",
+        "grad_checkpointing",
+        "num_workers",
+        "valid_path",
+        "valid_split",
+    ),
     *("valid_step", "sample_step", "sample_prompts", "sample_duration", "save_step"),
     *("keep_checkpoints", "save_dtype", "use_wandb", "wandb_project", "wandb_name"),
 }

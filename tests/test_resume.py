@@ -339,6 +339,12 @@ OTHER: dict[str, Any] = {
     "word_dropout": 0.0,
     "lr_scheduler": "linear",
     "ema_decay": 0.5,
+    "optimizer": "adamw_8bit",
+    "lora_rank": 4,
+    "lora_alpha": 3.0,
+    "lora_dropout": 0.1,
+    "lora_rslora": True,
+    "lora_embeddings": True,
 }
 
 
@@ -353,6 +359,8 @@ def test_resuming_with_other_flags_is_refused_by_name(stopped, world, mono_folde
         flags = {**RANDOM, name: value}
         if not flags["use_cfg"]:
             del flags["cfg_p"]  # would do nothing, which is another error
+        if name.startswith("lora_"):
+            flags.setdefault("lora_rank", 4)
         AcceleratorState._reset_state(reset_partial_state=True)
         with pytest.raises(UserError, match=re.escape(f"--{name}={value}, was ")):
             train(tiny_config(world.model, world.data, stopped, **{"resume": True, **flags}))
