@@ -3,10 +3,12 @@
 With wrong trainers the same checks fail: the last tests put the faults in that other trainers had.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import soundfile as sf
 import soxr
@@ -18,7 +20,7 @@ import sampling
 import session
 from demo import measure
 from demo.build.report import codec_quality, prompts_told_apart
-from demo.demo import GENERATE, PROMPTS
+from demo.demo import GENERATE, PROMPTS, changes
 
 DEMO = Path(__file__).parent.parent / "demo"
 STYLE, HELD_OUT = DEMO / "dataset" / "train", DEMO / "dataset" / "valid"
@@ -57,6 +59,34 @@ def test_the_codec_keeps_the_notes_of_held_out_music(model):
 def test_prompts_for_different_instruments_sound_different(model):
     found = prompts_told_apart(model, takes=2, take_sec=4.0)
     assert found["share"] > 2 * found["chance"]
+
+
+def test_the_report_of_the_shipped_model_is_good():
+    """What demo/README.md states, on music that is not shipped: against a bad rebuild."""
+    report = json.loads((DEMO / "build" / "report.json").read_text())
+    codec, lm, prompts = report["codec"], report["language model"], report["prompts"]
+    assert min(codec["entries used"]) >= 0.5
+    assert codec["notes within a semitone"] >= 0.85
+    for loss, unigram in zip(lm["model"], lm["unigram"], strict=True):
+        assert loss < unigram - 0.5 < lm["chance"] - 0.5
+    assert prompts["share"] >= 2 * prompts["chance"]
+
+
+def test_what_changed_is_told_from_the_files_of_a_run(tmp_path):
+    rows = [
+        {"step": 0, "valid_loss": 5.0},
+        {"step": 1, "loss": 4.0},
+        {"step": 1, "valid_loss": 3.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    silence = tmp_path / "before"
+    silence.mkdir()
+    sf.write(silence / "a.wav", 1e-3 * np.random.default_rng(0).standard_normal(64_000), 32_000)
+    found = changes(tmp_path, silence, HELD_OUT)
+    assert found.losses == (5.0, 3.5)
+    assert found.distances[0] > 1000
+    assert found.distances[1] == pytest.approx(0, abs=1)
+    assert found.heard[1] == len(found.held_out) == 4
 
 
 # Fine-tuning. The lessons are short, so that clips are padded, and of two kinds, so that captions

@@ -83,7 +83,7 @@ def test_it_shows_what_the_commands_say(shown):
     (text,) = [t for t in of_type(shown["train"], "text/plain") if t.startswith("$ python run.py")]
     assert "held-out loss" in text
     assert text.endswith("lm_final.pt")
-    assert "eta" not in text, "of the progress, only the last line stays, until the next"
+    assert "  eta " not in text, "of the progress, only the last line stays, until the next"
 
 
 def test_it_leaves_the_weights_and_a_piece_longer_than_the_window(shown, output):

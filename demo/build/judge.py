@@ -25,9 +25,10 @@ CLIP_SEC = 8
 
 def main() -> None:
     model = musicgen.load("demo", torch.device("cpu"))
-    held_out = _clips(sorted((WORK / "pretrain_valid").glob("*.txt")), 10)
+    styles = sorted((WORK / "style").glob("*.txt"))
+    held_out = _clips([*sorted((WORK / "pretrain_valid").glob("*.txt")), *styles[CLIPS:]], 10)
     wavs, labels = _clips(sorted((WORK / "pretrain").glob("*.txt")), CLIPS)
-    style, style_labels = _clips(sorted((WORK / "style").glob("*.txt")), CLIPS)
+    style, style_labels = _clips(styles, CLIPS)
     wavs, labels = wavs + style, labels + style_labels
     rows, row_labels = _rows(model, wavs, labels)
     scaler = StandardScaler().fit(rows)

@@ -1,8 +1,8 @@
 """Render all the music that the demo's model and dataset are made of, into demo/output/build/.
 
-pretrain/ and pretrain_valid/ are for codec and language model, codec/ is for the codec alone,
-style/ for the judge of instruments; `dataset` makes the demo's. No piece is in two of them but
-codec/, which takes some of the others' training pieces.
+pretrain/ is for codec and language model, pretrain_valid/ to measure both, codec/ for the codec
+alone, style/ for the judge of instruments; `dataset` makes the demo's. No piece is in two of them
+but codec/, which takes some of the others' training pieces.
 """
 
 import sys
@@ -39,7 +39,7 @@ Job = tuple[Path, str, Performance, float]  # folder, name, what is played, seco
 
 
 def build_pretrain() -> None:
-    """Chorales and Ryan's tunes without jigs on eight instruments; on others for the codec."""
+    """Chorales and tunes not called jigs on eight instruments; on others for the codec."""
     pieces = [*chorales(), *(harmonise(piece) for piece in ryan() if piece.kind != "jig")]
     pieces = [piece for piece in pieces if piece.bar_length in (2, 3, 4)]
     jobs: list[Job] = []
