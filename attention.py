@@ -21,9 +21,9 @@ def _self_attention_block(
 ) -> torch.Tensor:
     """Causal self attention; x and the result are [B, S, D]."""
     attention = layer.self_attn
-    if not _is_adapted(attention):
+    if _plain(attention) is attention:
         return _attend_to_itself(layer, x, attn_mask, key_padding_mask)
-    q, k, v = project(attention, x).chunk(3, dim=-1)
+    q, k, v = _project(attention, x).chunk(3, dim=-1)
     # Of one step nothing comes later; audiocraft takes several steps only from the start.
     return layer.dropout1(_attend(layer, attention, q, k, v, is_causal=x.shape[1] > 1))
 
@@ -41,26 +41,26 @@ def _cross_attention_block(
     """
     attention = layer.cross_attention
     if isinstance(source, torch.Tensor):
-        if not _is_adapted(attention):
+        if _plain(attention) is attention:
             return _attend_unmasked(layer, x, source)
         source = source, torch.ones(source.shape[:2], device=source.device)
     text, mask = source
     D = x.shape[-1]
-    q = project(attention, x, slice(0, D))
-    k, v = project(attention, text, slice(D, None)).chunk(2, dim=-1)
+    q = _project(attention, x, slice(0, D))
+    k, v = _project(attention, text, slice(D, None)).chunk(2, dim=-1)
     mask = mask.bool()
     first = torch.arange(mask.shape[1], device=mask.device) == 0
     mask = (mask | first)[:, None, None]
     return layer.dropout_cross(_attend(layer, attention, q, k, v, attn_mask=mask))
 
 
-def project(attention: Any, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+def _project(attention: Any, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
     """`rows` of the fused projection of queries, keys and values [3 * D, D], with its adapters.
 
     peft would add B A to the weight, keep the sum for the backward pass and compute the whole
     weight's gradient on the way to those of A and B. Here x goes through A and B by itself.
     """
-    base = attention.get_base_layer() if _is_adapted(attention) else attention
+    base = _plain(attention)
     bias = base.in_proj_bias
     out = F.linear(x, base.in_proj_weight[rows], None if bias is None else bias[rows])
     if base is attention:
@@ -75,7 +75,7 @@ def project(attention: Any, x: torch.Tensor, rows: slice = slice(None)) -> torch
 def _attend(
     layer: Any, attention: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any
 ) -> torch.Tensor:
-    base = attention.get_base_layer() if _is_adapted(attention) else attention
+    base = _plain(attention)
     q, k, v = (t.unflatten(-1, (base.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     k, v = base._complete_kv(k, v)  # while streaming, with those of the steps before
     dropout = base.dropout if layer.training else 0.0
@@ -83,8 +83,9 @@ def _attend(
     return base.out_proj(x.transpose(1, 2).flatten(2))
 
 
-def _is_adapted(attention: Any) -> bool:
-    return hasattr(attention, "lora_A")
+def _plain(attention: Any) -> Any:
+    """audiocraft's module, out of the one that peft may have put around it."""
+    return attention.get_base_layer() if hasattr(attention, "lora_A") else attention
 
 
 StreamingTransformerLayer._sa_block = _self_attention_block  # type: ignore

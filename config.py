@@ -53,7 +53,14 @@ Folder = Annotated[str, AfterValidator(_existing_folder)]
 AnyPath = Annotated[str, Field(min_length=1), AfterValidator(_expanded)]
 Prompts = Annotated[list[str], BeforeValidator(_prompts), Field(min_length=1)]
 Folders = Annotated[list[Folder], BeforeValidator(_one_or_list), Field(min_length=1)]
-Numbers = Annotated[list[float], BeforeValidator(_one_or_list), Field(min_length=1)]
+Scales = Annotated[
+    list[float],
+    BeforeValidator(_one_or_list),
+    Field(
+        min_length=1,
+        description="how strongly: 0 = not at all, 1 = as trained; or [0.7, 0.3], one for each",
+    ),
+]
 SaveDtype = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -266,10 +273,7 @@ class GenerateConfig(Flags):
         description='LoRA adapter: the lora_final folder that run.py left; or ["a", "b"] to add '
         "several. They go onto the base model unless weights_path is given too",
     )
-    lora_scale: Numbers = Field(
-        [1.0],
-        description="how strongly: 0 = not at all, 1 = as trained; or [0.7, 0.3], one for each",
-    )
+    lora_scale: Scales = Field([1.0])
     duration: float = Field(30.0, gt=0, description="seconds to generate")
     overlap: float | None = Field(
         None,
@@ -325,10 +329,7 @@ class MergeConfig(Flags):
     lora: Folders = Field(
         description='the lora_final folder that run.py left; or ["a", "b"] to add several'
     )
-    lora_scale: Numbers = Field(
-        [1.0],
-        description="how strongly: 0 = not at all, 1 = as trained; or [0.7, 0.3], one for each",
-    )
+    lora_scale: Scales = Field([1.0])
     model_id: str | None = Field(
         None, description="the model that was tuned; None = what the adapter names, else small"
     )

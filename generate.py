@@ -50,7 +50,7 @@ def run(config: GenerateConfig) -> list[Path]:
     checkpoint.check_writable(paths[0][0].parent, "--output")
     device = musicgen.choose_device(config.device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    model = musicgen.load(_model_id(config), device, dtype)
+    model = musicgen.load(_model_id(config, adapters), device, dtype)
     if config.full_weights:
         musicgen.load_weights(model.lm, config.full_weights)
     for adapter, scale in zip(adapters, config.scales, strict=True):
@@ -118,15 +118,15 @@ def _output_paths(config: GenerateConfig) -> list[list[Path]]:
     return groups
 
 
-def _model_id(config: GenerateConfig) -> str:
+def _model_id(config: GenerateConfig, adapters: "list[lora.Adapter]") -> str:
     """--model_id, or what run.py noted beside the weights or in the adapter, or small."""
     from checkpoint import RUN, read_json
 
     noted = None
     if config.full_weights:
         noted = (read_json(Path(config.full_weights).parent / RUN) or {}).get("model_id")
-    elif config.lora:
-        noted = lora.base_model_id(config.lora[0])
+    elif adapters:
+        noted = adapters[0][1].base_model_name_or_path
     return config.model_id or noted or "small"
 
 

@@ -161,13 +161,6 @@ def read(folder: str) -> "Adapter":
     return tensors, config
 
 
-def base_model_id(folder: str) -> str | None:
-    """The model that an adapter was trained on, as its config names it."""
-    from checkpoint import LORA_FILES, read_json
-
-    return (read_json(Path(folder) / LORA_FILES[0]) or {}).get("base_model_name_or_path")
-
-
 def _is_inner(key: str) -> bool:  # A, not B
     return "lora_A" in key or "lora_embedding_A" in key
 
@@ -199,7 +192,7 @@ def run(config: MergeConfig) -> Path:
     if path.exists() and not config.overwrite:
         raise UserError(f"--output={path}: exists; give another name, or --overwrite=1")
     adapters = [read(folder) for folder in config.lora]
-    model_id = config.model_id or base_model_id(config.lora[0]) or "small"
+    model_id = config.model_id or adapters[0][1].base_model_name_or_path or "small"
 
     import checkpoint
     import musicgen

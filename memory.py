@@ -21,11 +21,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import dataset
+import checkpoint
 import musicgen
 from config import Config
 from musicgen import TokenLoss, all_but_matrices_to
-from session import FROZEN_DTYPES, crop_frames, make_plan, moments_bytes, set_up_training
+from session import (
+    crop_frames,
+    layers_dtype,
+    make_plan,
+    moments_bytes,
+    scan,
+    set_up_training,
+)
 
 # isort: split
 from audiocraft.models import builders
@@ -35,6 +42,7 @@ from omegaconf import OmegaConf
 from transformers import T5EncoderModel
 
 Model = tuple[Any, Any, Any]  # configs of language model, codec and text encoder
+CPU = torch.device("cpu")
 CAPTION_TOKENS = 32
 FEW_LAYERS = (2, 3)  # measured; from there on each layer adds the same
 
@@ -117,16 +125,14 @@ def dry_run(config: Config) -> str:
     Errors: UserError, as for a real run.
     """
     model = musicgen.configs(config.model_id)
-    tracks = dataset.scan(config.dataset_path, with_captions=not config.no_label)
-    if config.valid_split:
-        tracks, _ = dataset.split(tracks, config.valid_split, config.seed)
+    tracks, _ = scan(config)
     plan = make_plan(config, len(tracks), processes=int(os.environ.get("WORLD_SIZE", 1)))
     codec_cfg = model[1]
     frame_rate = codec_cfg.sample_rate / math.prod(codec_cfg.seanet.ratios)
     frames = crop_frames(config, model[0].dataset.segment_duration, frame_rate, tracks)
     dtype, why = torch.bfloat16, "as on a GPU that has it"
     if config.precision != "auto":
-        dtype, why = FROZEN_DTYPES[config.precision.replace("fp32", "no")], "as asked for"
+        dtype, why = checkpoint.DTYPES[config.precision], "as asked for"
     need = estimate(config, model, frames, dtype)
     parts = ", ".join(
         f"{name} {_gb(getattr(need, name))}"
@@ -140,12 +146,10 @@ def dry_run(config: Config) -> str:
         f"precision  {str(dtype).removeprefix('torch.')} ({why})",
         f"memory     {parts}",
         f"           at the peak {_gb(need.peak)} (encoding comes before the activations), and "
-        "what CUDA itself takes, about 0.5 GB",
+        "what CUDA itself takes",
     ]
-    total = None
     if torch.cuda.is_available():
-        total = torch.cuda.mem_get_info()[1]
-        rows.append(f"           this GPU has {_gb(total)}")
+        rows.append(f"           this GPU has {_gb(torch.cuda.mem_get_info()[1])}")
     rows.append("to need less, in the order of least harm, each with those above it:")
     for flags, changed in _thriftier(config):
         lower = estimate(changed, model, frames, dtype)
@@ -216,7 +220,7 @@ def _measure(
     B, width = config.batch_size, model[2].d_model
     trained = 0
     with FakeTensorMode():
-        _to_fake_cpu(lm)
+        make_fake(lm, CPU)
         for parameter in lm.parameters():
             if parameter.requires_grad:
                 trained += parameter.numel()
@@ -241,13 +245,13 @@ def build_lm(config: Config, model: Model, layers: int, dtype: torch.dtype) -> L
     sizes = builders.dict_from_config(cfg.transformer_lm) | {"num_layers": layers}
     sizes.pop("q_modeling", None)  # an older name for the pattern
     (name,) = (key for key in cfg.conditioners if key != "args")
-    frozen_dtype = dtype if config.lora_rank else torch.float32
     with torch.device("meta"):
         lm = LMModel(
             builders.get_codebooks_pattern_provider(sizes["n_q"], cfg.codebooks_pattern),
             ConditioningProvider({name: _Text(t5_cfg.d_model, sizes["dim"])}),
             builders.get_condition_fuser(cfg),
-            **{**sizes, "cross_attention": True, "dtype": frozen_dtype, "device": "meta"},
+            **{**sizes, "cross_attention": True, "device": "meta"},
+            dtype=layers_dtype(config, dtype),
         )
         all_but_matrices_to(lm, torch.float32)
         set_up_training(config, lm)
@@ -269,7 +273,7 @@ def _codec(cfg: str, batch_size: int, frames: int) -> tuple[int, int]:
     weights = _bytes(codec.parameters())
     samples = frames * round(codec.sample_rate / codec.frame_rate)
     with FakeTensorMode():
-        _to_fake_cpu(encoder)
+        make_fake(encoder, CPU)
         wav = torch.empty(batch_size, codec.channels, samples)
         live = _Live()
         live.ignore(*encoder.parameters())
@@ -278,16 +282,19 @@ def _codec(cfg: str, batch_size: int, frames: int) -> tuple[int, int]:
     return weights, live.peak
 
 
-def _to_fake_cpu(module: nn.Module) -> None:
-    """Put fake tensors on the CPU in the place of a module's parameters and buffers."""
+def make_fake(module: nn.Module, device: torch.device) -> None:
+    """In a FakeTensorMode: replace parameters and buffers by fake ones on a device.
+
+    `Module.to` can't do that.
+    """
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                new = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                new = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                 part._parameters[name] = nn.Parameter(new, parameter.requires_grad)
         for name, buffer in part._buffers.items():
             if buffer is not None:
-                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

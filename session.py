@@ -33,22 +33,13 @@ if TYPE_CHECKING:  # slow to import, and only for LoRA
     from peft import PeftModel
 
 BETAS = (0.9, 0.95)
-FROZEN_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What may differ when a run is resumed (batch_size and grad_acc: if their product is the same);
 # every other flag shapes the training.
 FREE_TO_CHANGE = {
     *("dataset_path", "batch_size", "grad_acc", "epochs", "max_steps", "output_dir", "resume"),
     *("lr", "precision", "max_grad_norm"),  # the cures of a loss that is not finite
-    *(
-        "overwrite",
-        "dry_run",
-        "device",
-        "grad_checkpointing",
-        "num_workers",
-        "valid_path",
-        "valid_split",
-    ),
-    *("valid_step", "sample_step", "sample_prompts", "sample_duration", "save_step"),
+    *("overwrite", "device", "grad_checkpointing", "num_workers", "valid_path", "valid_split"),
+    *("dry_run", "valid_step", "sample_step", "sample_prompts", "sample_duration", "save_step"),
     *("keep_checkpoints", "save_dtype", "use_wandb", "wandb_project", "wandb_name"),
 }
 
@@ -157,10 +148,11 @@ class Session:
 
     def save_lm(self, path: Path) -> None:
         """Write the language model's weights, an adapter merged into those that it was put on."""
-        state = self.model.lm.state_dict()
         if self.adapter:
             state = musicgen.read_lm_state(self.config.model_id)
             lora.merge(state, lora.parts(self.adapter))
+        else:
+            state = self.model.lm.state_dict()
         checkpoint.save(path, checkpoint.portable(state, self.config.save_dtype))
 
     def save_final(self) -> None:
@@ -207,19 +199,16 @@ class Session:
 def start(config: Config) -> Session:
     """Load and check all that a run needs, in the order of what fails soonest, and say so."""
     output = Path(config.output_dir)
-    tracks = dataset.scan(config.dataset_path, with_captions=not config.no_label)
-    held_out: list[Track] = []
-    if config.valid_path:
-        held_out = dataset.scan(config.valid_path, with_captions=not config.no_label)
-    elif config.valid_split:
-        tracks, held_out = dataset.split(tracks, config.valid_split, config.seed)
+    tracks, held_out = scan(config)
     checkpoint.check_output(output, resume=config.resume, overwrite=config.overwrite)
     state = checkpoint.load_resume(output) if config.resume else None
 
-    accelerator, why_precision = _start_accelerator(config)
-    # What is frozen gives the same in the format that autocast would bring it to, in half the room.
-    frozen_dtype = FROZEN_DTYPES[accelerator.mixed_precision] if config.lora_rank else None
-    model = musicgen.load(config.model_id, accelerator.device, layers_dtype=frozen_dtype)
+    accelerator, precision, why_precision = _start_accelerator(config)
+    model = musicgen.load(
+        config.model_id,
+        accelerator.device,
+        layers_dtype=layers_dtype(config, checkpoint.DTYPES[precision]),
+    )
     lm = model.lm
     adapter = set_up_training(config, lm)
     trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
@@ -251,7 +240,7 @@ def start(config: Config) -> Session:
     )
     accelerator.wait_for_everyone()  # all have looked at output_dir before the first changes it
     if accelerator.is_main_process:
-        facts = _facts(session, why_precision)
+        facts = _facts(session, f"{precision} ({why_precision})")
         if state is not None:
             facts |= _changes(session, state)
         wandb_run = start_wandb(config, facts, session.wandb_id) if config.use_wandb else None
@@ -281,8 +270,8 @@ def _changes(session: Session, state: dict[str, Any]) -> dict[str, str]:
     return {"resumed": "; ".join([f"after step {session.step}", *changed])}
 
 
-def _start_accelerator(config: Config) -> tuple[Accelerator, str]:
-    """The Accelerator for --device and --precision, and why that precision."""
+def _start_accelerator(config: Config) -> tuple[Accelerator, str, str]:
+    """The Accelerator for --device and --precision, the precision, and why that one."""
     device = musicgen.choose_device(config.device).type
     has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision, why = config.precision, "as asked for"
@@ -308,7 +297,25 @@ def _start_accelerator(config: Config) -> tuple[Accelerator, str]:
     accelerator = Accelerator(
         cpu=device == "cpu", mixed_precision=mixed, kwargs_handlers=[patience]
     )
-    return accelerator, f"{precision} ({why})"
+    return accelerator, precision, why
+
+
+def scan(config: Config) -> tuple[list[Track], list[Track]]:
+    """What is trained on, and what is held out. Errors: UserError that names what is unusable."""
+    tracks = dataset.scan(config.dataset_path, with_captions=not config.no_label)
+    if config.valid_path:
+        return tracks, dataset.scan(config.valid_path, with_captions=not config.no_label)
+    if config.valid_split:
+        return dataset.split(tracks, config.valid_split, config.seed)
+    return tracks, []
+
+
+def layers_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
+    """Of the transformer's matrices, `dtype` being the forward pass's.
+
+    What is frozen gives the same in the format that autocast would bring it to, in half the room.
+    """
+    return dtype if config.lora_rank else torch.float32
 
 
 def make_plan(config: Config, files: int, processes: int) -> Plan:

@@ -12,8 +12,6 @@ left out, of both numbers.
 import multiprocessing
 import os
 import platform
-import resource
-import sys
 from typing import Any
 
 import fire
@@ -23,6 +21,7 @@ import torch
 import memory
 import musicgen
 import session
+from benchmarks.step import peak_rss
 from config import Config
 
 MEASURED: list[dict[str, Any]] = [
@@ -90,8 +89,7 @@ def peak_of_two_steps(config: Config) -> int:
             loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
+    return peak_rss() - before
 
 
 def warm_up() -> None:

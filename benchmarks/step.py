@@ -127,12 +127,18 @@ def peak_memory_mb(folder: Path, batch: int, way: str) -> float:
     """Of two steps; needs a fresh process."""
     lm, ways = prepare(folder, batch, [way])
     held = psutil.Process().memory_info().rss
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_rss()
     for _ in range(2):
         timed_step(lm, *ways)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_rss()
     assert peak > before, "loading took more memory than training: the peak says nothing"
-    return (peak * (1 if sys.platform == "darwin" else 1024) - held) / 1e6
+    return (peak - held) / 1e6
+
+
+def peak_rss() -> int:
+    """The most bytes that this process has held so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def compare(folder: Path, batch: int, repeats: int) -> None:

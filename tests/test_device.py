@@ -25,6 +25,7 @@ import musicgen
 import session
 import train
 from dataset import Batch
+from memory import make_fake
 from musicgen import MusicGen, TextEncoder, TokenLoss
 
 CUDA = torch.device("cuda", 0)
@@ -47,16 +48,8 @@ def fake_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
 
 
 def to_cuda(*modules: nn.Module) -> None:
-    """Put fake parameters and buffers of the same shape in the place of the real ones."""
-    for module in (m for root in modules for m in root.modules()):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                new = torch.empty(parameter.shape, dtype=parameter.dtype, device=CUDA)
-                module._parameters[name] = nn.Parameter(new, parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                new = torch.empty(buffer.shape, dtype=buffer.dtype, device=CUDA)
-                module._buffers[name] = new
+    for module in modules:
+        make_fake(module, CUDA)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import attention
+import checkpoint
 import generate
 import lora
 import musicgen
@@ -151,7 +152,8 @@ def test_plain_peft_loads_the_adapter(adapted, mono_folder):
     fresh = plain(mono_folder)
     PeftModel.from_pretrained(fresh, str(folder))
     torch.testing.assert_close(loss(fresh), loss(lm), rtol=1e-6, atol=1e-6)
-    assert lora.base_model_id(str(folder)) == str(mono_folder)
+    _, config = lora.read(str(folder))
+    assert config.base_model_name_or_path == str(mono_folder)
 
 
 def test_scale_0_is_the_base_model_bitwise_and_scales_add_up(adapted):
@@ -217,8 +219,6 @@ def test_a_run_leaves_merged_weights_and_an_adapter(fit, mono_folder, make_pairs
 def test_frozen_weights_in_half_precision_give_the_same_run(
     fit, mono_folder, make_pairs, monkeypatch
 ):
-    import session
-
     lm = musicgen.load(str(mono_folder), CPU, layers_dtype=torch.bfloat16).lm
     layer = lm.transformer.layers[0]
     assert layer.linear1.weight.dtype == layer.self_attn.in_proj_weight.dtype == torch.bfloat16
@@ -226,7 +226,7 @@ def test_frozen_weights_in_half_precision_give_the_same_run(
 
     data, flags = make_pairs(), {"max_steps": 3, "lora_rank": RANK, "lr": 1e-2}
     half = fit(mono_folder, data, "half", precision="bf16", **flags)
-    monkeypatch.setitem(session.FROZEN_DTYPES, "bf16", torch.float32)
+    monkeypatch.setitem(checkpoint.DTYPES, "bf16", torch.float32)
     whole = fit(mono_folder, data, "whole", precision="bf16", **flags)
     losses = [[row["loss"] for row in metrics(output)] for output in (half, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # peft rounds the adapters' first values
