@@ -79,8 +79,9 @@ class Config(Flags):
     model_id: str = Field(
         "small",
         min_length=1,
-        description="small, medium, large, stereo-small, stereo-medium, stereo-large, demo (tiny, "
-        "comes with the project), a Hugging Face id, or a folder in audiocraft's exported format",
+        description="small, medium, large, melody, melody-large; stereo-small and so on; demo "
+        "(tiny, comes with the project); a Hugging Face id, or a folder in audiocraft's exported "
+        "format",
     )
     lr: float = Field(1e-5, gt=0, le=1, description="learning rate after the warm-up")
     epochs: int = Field(
@@ -131,6 +132,13 @@ class Config(Flags):
     )
     word_dropout: float = Field(
         0.0, ge=0, lt=1, description="probability of dropping each word of a caption; 0 = off"
+    )
+    drop_melody: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="melody models: probability of training a clip without its melody; 1 = on "
+        "captions alone, without demucs",
     )
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
         "adamw", description="adamw_8bit keeps its two moments in 8 bit instead of 32"
@@ -280,6 +288,9 @@ class GenerateConfig(Flags):
         gt=0,
         description="beyond the model's window (30 s), the seconds that each further window "
         "starts from; more = more coherent and slower; None = 12, or half a window under 24 s",
+    )
+    melody: AnyPath | None = Field(
+        None, description="recording whose melody to follow, with a melody model; needs demucs"
     )
     prompt_audio: AnyPath | None = Field(
         None, description="recording to continue; its last `overlap` seconds open the result"

@@ -1,7 +1,8 @@
 """A folder of recordings and captions -> clips: `wav [C, samples]`, valid samples, caption.
 
-Letters: B batch, C channels. Everything random here is a function of (seed, epoch, file), so that
-a run can be stopped, resumed and split over processes without a change in what it sees.
+Letters: B batch, C channels, F chroma frames, P pitch classes. Everything random here is a
+function of (seed, epoch, file), so that a run can be stopped, resumed and split over processes
+without a change in what it sees.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import soundfile as sf
@@ -19,6 +20,9 @@ import torch
 from torch.utils.data import Dataset
 
 from flags import UserError, first_lines
+
+if TYPE_CHECKING:  # it imports this file
+    from melody import Melodies
 
 MIN_CLIP_SEC = 0.5
 SAMPLE_RATES_HZ = (4_000, 768_000)  # outside of these a header is damaged, not unusual
@@ -66,16 +70,18 @@ class Clip:
     valid_samples: int
     caption: str
     name: str
+    melody: torch.Tensor | None = None  # [F, P], for melody models
     error: str | None = None
 
 
 class Batch(NamedTuple):
-    """wav `[B, C, samples]`, valid samples `[B]` and the clips' captions and names."""
+    """wav `[B, C, samples]`, valid samples `[B]`, the clips' captions, names and melodies."""
 
     wav: torch.Tensor
     valid_samples: torch.Tensor
     captions: list[str]
     names: list[str]
+    melody: torch.Tensor | None = None  # [B, F, P]
     error: str | None = None
 
 
@@ -228,6 +234,8 @@ class Clips(Dataset[Clip]):
         samples: length of every crop; a shorter track is taken whole and zero-padded.
         drop_caption: probability of an empty caption.
         drop_word: probability of leaving out each word of a caption.
+        melodies: of the tracks, for models that take them.
+        drop_melody: probability of no melody. Where the whole caption is dropped it always is.
     """
 
     def __init__(
@@ -240,6 +248,8 @@ class Clips(Dataset[Clip]):
         seed: int,
         drop_caption: float = 0.0,
         drop_word: float = 0.0,
+        melodies: "Melodies | None" = None,
+        drop_melody: float = 0.0,
     ) -> None:
         self.tracks = tracks
         self.sample_rate = sample_rate
@@ -248,6 +258,8 @@ class Clips(Dataset[Clip]):
         self.seed = seed
         self.drop_caption = drop_caption
         self.drop_word = drop_word
+        self.melodies = melodies
+        self.drop_melody = drop_melody
 
     def __len__(self) -> int:
         return len(self.tracks)
@@ -257,27 +269,29 @@ class Clips(Dataset[Clip]):
         rng = np.random.default_rng([self.seed, pick.epoch, _stable_hash(track.name)])
         frames = min(track.frames, -(-self.samples * track.sample_rate // self.sample_rate))
         start = int(rng.integers(track.frames - frames + 1))
-        caption = self._drop(track.caption, rng)
+        unconditional = rng.random() < self.drop_caption  # for classifier-free guidance
+        caption = "" if unconditional else self._drop_words(track.caption, rng)
         wav = np.zeros((self.channels, self.samples), dtype=np.float32)
-        valid = 0
-        if pick.weight:
-            try:
+        valid, melody, problem = 0, None, None
+        try:
+            if pick.weight:
                 crop = read_crop(track.path, start, frames, self.sample_rate, self.channels)
-            except ValueError as error:
-                return Clip(torch.from_numpy(wav), 0, caption, track.name, f"{track.path}: {error}")
-            valid = min(crop.shape[1], self.samples)
-            wav[:, :valid] = crop[:, :valid]
-        return Clip(torch.from_numpy(wav), valid, caption, track.name)
+                valid = min(crop.shape[1], self.samples)
+                wav[:, :valid] = crop[:, :valid]
+            if self.melodies:
+                melody = self.melodies.none
+                if not unconditional and rng.random() >= self.drop_melody:
+                    melody = self.melodies.crop(track, start, frames)
+        except ValueError as error:
+            problem = f"{track.path}: {error}"
+        return Clip(torch.from_numpy(wav), valid, caption, track.name, melody, problem)
 
-    def _drop(self, caption: str, rng: np.random.Generator) -> str:
-        """Classifier-free guidance dropout, then word dropout, on a caption."""
-        if rng.random() < self.drop_caption:
-            return ""
-        if self.drop_word:
-            words = caption.split()
-            keep = rng.random(len(words)) >= self.drop_word
-            caption = " ".join(w for w, kept in zip(words, keep, strict=True) if kept)
-        return caption
+    def _drop_words(self, caption: str, rng: np.random.Generator) -> str:
+        if not self.drop_word:
+            return caption
+        words = caption.split()
+        keep = rng.random(len(words)) >= self.drop_word
+        return " ".join(word for word, kept in zip(words, keep, strict=True) if kept)
 
 
 def _stable_hash(name: str) -> int:
@@ -287,11 +301,13 @@ def _stable_hash(name: str) -> int:
 
 def collate(clips: list[Clip]) -> Batch:
     """Clips -> one Batch, which carries the first error, if any."""
+    melodies = [clip.melody for clip in clips if clip.melody is not None]
     return Batch(
         wav=torch.stack([clip.wav for clip in clips]),
         valid_samples=torch.tensor([clip.valid_samples for clip in clips]),
         captions=[clip.caption for clip in clips],
         names=[clip.name for clip in clips],
+        melody=torch.stack(melodies) if len(melodies) == len(clips) else None,
         error=next((clip.error for clip in clips if clip.error), None),
     )
 

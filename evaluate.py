@@ -48,8 +48,9 @@ def validate(session: Session, on_batch: Callable[[], None]) -> dict[str, Any]:
         valid = session.valid_frames(batch.valid_samples)
         codes = musicgen.encode_audio(session.model, to_device(batch.wav, accelerator.device))
         text, mask = session.text_encoder(batch.captions, accelerator.device)
+        melody = None if batch.melody is None else to_device(batch.melody, accelerator.device)
         with accelerator.autocast():
-            losses = loss_module(codes, valid.to(accelerator.device), text, mask)
+            losses = loss_module(codes, valid.to(accelerator.device), text, mask, melody)
         sums[0] += losses.sum(0)
         sums[1] += musicgen.token_counts(lm, valid, session.frames).to(accelerator.device)
     sums = accelerator.reduce(sums)

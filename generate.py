@@ -35,8 +35,10 @@ def run(config: GenerateConfig) -> list[Path]:
             f"--weights_path={config.full_weights}: no such file; give the lm_final.pt that run.py "
             "left, or --weights_path=None for the model as it was"
         )
-    if config.prompt_audio and not Path(config.prompt_audio).is_file():
-        raise UserError(f"--prompt_audio={config.prompt_audio}: no such file")
+    for flag in ("prompt_audio", "melody"):
+        recording = getattr(config, flag)
+        if recording and not Path(recording).is_file():
+            raise UserError(f"--{flag}={recording}: no such file")
 
     adapters = [lora.read(folder) for folder in config.lora or []]
 
@@ -62,6 +64,7 @@ def run(config: GenerateConfig) -> list[Path]:
             f"{model.max_duration:g} s"
         )
     opening = _opening(config, model, overlap_sec)
+    melody = _melody(config, model)
     frames = sampling.to_frames(model, config.duration) * len(config.prompt)
     written = []
     with tqdm(total=frames, unit="frame", desc="generating", mininterval=1) as bar:
@@ -74,6 +77,7 @@ def run(config: GenerateConfig) -> list[Path]:
                 seed=config.seed,
                 variations=config.variations,
                 opening=opening,
+                melody=melody,
                 sampling=sampling.Sampling(
                     config.top_k, config.top_p, config.temperature, config.cfg_coef
                 ),
@@ -136,29 +140,47 @@ def _opening(
     """The codes `[1, K, T]` of the last `overlap_sec` of --prompt_audio."""
     if not config.prompt_audio:
         return None
+    import musicgen
+    from sampling import to_frames
+
+    wav = _read("--prompt_audio", config.prompt_audio, model, model.audio_channels, overlap_sec)
+    codes = musicgen.encode_audio(model, wav[None].to(model.device))
+    return codes[..., -to_frames(model, overlap_sec) :]
+
+
+def _melody(config: GenerateConfig, model: "MusicGen") -> "torch.Tensor | None":
+    """The recording of --melody, `[1, samples]`."""
+    if not config.melody:
+        return None
+    import musicgen
+
+    if not musicgen.melody_conditioner(model.lm):
+        raise UserError(
+            f"--melody={config.melody}: this model takes none; give --model_id=melody, or another "
+            "melody model, and weights that were tuned from it"
+        )
+    return _read("--melody", config.melody, model, channels=1)
+
+
+def _read(
+    flag: str, path: str, model: "MusicGen", channels: int, last_sec: float | None = None
+) -> "torch.Tensor":
+    """A recording, or its last seconds, `[C, samples]` at the model's rate. Errors: UserError."""
     import soundfile as sf
     import torch
 
-    import musicgen
     from dataset import read_crop
-    from sampling import to_frames
 
     try:
-        info = sf.info(config.prompt_audio)
+        info = sf.info(path)
         if info.frames == 0:
             raise ValueError("holds no audio")
-        frames = min(info.frames, round(overlap_sec * info.samplerate))
-        wav = read_crop(
-            Path(config.prompt_audio),
-            info.frames - frames,
-            frames,
-            model.sample_rate,
-            model.audio_channels,
-        )
+        frames = min(info.frames, round((last_sec or info.duration) * info.samplerate))
+        start = info.frames - frames
+        wav = read_crop(Path(path), start, frames, model.sample_rate, channels)
     except (sf.SoundFileError, ValueError) as error:
-        raise UserError(f"--prompt_audio={config.prompt_audio}: {error}") from None
-    codes = musicgen.encode_audio(model, torch.from_numpy(wav)[None].to(model.device))
-    return codes[..., -to_frames(model, overlap_sec) :]
+        raise UserError(f"{flag}={path}: {error}") from None
+    return torch.from_numpy(wav)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 import checkpoint
 import musicgen
 from config import Config
-from musicgen import TokenLoss, all_but_matrices_to
+from musicgen import MelodyConditioner, TokenLoss, all_but_matrices_to
 from session import (
     crop_frames,
     layers_dtype,
@@ -117,6 +117,17 @@ class _Text(T5Conditioner):
 
     def __init__(self, width: int, output_dim: int) -> None:
         BaseConditioner.__init__(self, width, output_dim)
+
+
+class _Melody(MelodyConditioner):
+    """The part of a melody conditioner that is trained."""
+
+    def __init__(self, cfg: Any, window_sec: float, output_dim: int) -> None:
+        BaseConditioner.__init__(self, cfg.n_chroma, output_dim)
+        self.chroma_len = 1 + int(window_sec * cfg.sample_rate) // (2**cfg.radix2_exp // 4)
+
+    def none(self) -> torch.Tensor:
+        return torch.empty(self.chroma_len, self.dim)
 
 
 def dry_run(config: Config) -> str:
@@ -244,13 +255,20 @@ def build_lm(config: Config, model: Model, layers: int, dtype: torch.dtype) -> L
     cfg, _, t5_cfg = model
     sizes = builders.dict_from_config(cfg.transformer_lm) | {"num_layers": layers}
     sizes.pop("q_modeling", None)  # an older name for the pattern
-    (name,) = (key for key in cfg.conditioners if key != "args")
+    window_sec = cfg.dataset.segment_duration
     with torch.device("meta"):
+        conditioners: dict[str, BaseConditioner] = {
+            name: _Text(t5_cfg.d_model, sizes["dim"])
+            if conditioner.model == "t5"
+            else _Melody(conditioner.chroma_stem, window_sec, sizes["dim"])
+            for name, conditioner in cfg.conditioners.items()
+            if name != "args"
+        }
         lm = LMModel(
             builders.get_codebooks_pattern_provider(sizes["n_q"], cfg.codebooks_pattern),
-            ConditioningProvider({name: _Text(t5_cfg.d_model, sizes["dim"])}),
+            ConditioningProvider(conditioners),
             builders.get_condition_fuser(cfg),
-            **{**sizes, "cross_attention": True, "device": "meta"},
+            **{**sizes, "cross_attention": bool(cfg.fuser.cross), "device": "meta"},
             dtype=layers_dtype(config, dtype),
         )
         all_but_matrices_to(lm, torch.float32)

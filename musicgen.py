@@ -1,7 +1,7 @@
 """audiocraft in one place: load a MusicGen, audio -> codes, captions -> embeddings, token loss.
 
 Letters: B batch, C channels, K codebooks, T token frames, S pattern steps, L text tokens,
-D model width, card = codebook size.
+F chroma frames, P pitch classes, D model width, card = codebook size.
 """
 
 import contextlib
@@ -63,7 +63,11 @@ with warnings.catch_warnings(), _without("wandb"):
     from audiocraft.models import MusicGen, builders
     from audiocraft.models.encodec import CompressionModel, HFEncodecCompressionModel
     from audiocraft.models.lm import LMModel
-    from audiocraft.modules.conditioners import ConditioningAttributes, T5Conditioner
+    from audiocraft.modules.conditioners import (
+        ConditioningAttributes,
+        T5Conditioner,
+        WavCondition,
+    )
     from huggingface_hub import snapshot_download
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -73,8 +77,10 @@ with warnings.catch_warnings(), _without("wandb"):
     from transformers.utils import logging as transformers_logging
 
     import attention  # noqa: F401  (changes audiocraft's)
+    from melody import Melodies, MelodyConditioner
 
-__all__ = ["ConditioningAttributes", "MusicGen"]  # for the other files: not without the shim above
+# For the other files, which get audiocraft with the shim above only.
+__all__ = ["ConditioningAttributes", "Melodies", "MelodyConditioner", "MusicGen", "WavCondition"]
 
 FOLDERS = {"demo": Path(__file__).parent / "demo" / "model"}
 WEIGHTS = ["state_dict.bin", "compression_state_dict.bin"]
@@ -96,9 +102,9 @@ def load(
     A folder may hold its text encoder in `t5/`; else, and for ids, the Hugging Face cache has it.
     `dtype` is the language model's number format, `layers_dtype` another one for the matrices of
     its transformer layers, nearly all of its weights.
-    audiocraft's own `MusicGen.get_pretrained` reads the same files, but asks the hub first and
-    has no say in the number format.
-    Errors: UserError when it is not there, can't be downloaded, or is no text-only MusicGen.
+    audiocraft's own `MusicGen.get_pretrained` reads the same files, but asks the hub first, has
+    no say in the number format, and loads demucs with every melody model.
+    Errors: UserError when it is not there, can't be downloaded, or is of another family.
     """
     folder = _find_model(model_id)
     try:
@@ -172,6 +178,9 @@ def _find_model(model_id: str) -> Path:
     if model_id in SHORT_NAMES or not path.is_dir():
         if model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1 or path.exists():
             raise UserError(f"--model_id={model_id}: no such folder")
+        for word, reason in published.REFUSED.items():
+            if word in f"musicgen-{model_id}".lower():
+                raise UserError(f"--model_id={model_id} can't be trained: {reason}")
         repo = SHORT_NAMES.get(model_id, model_id)
         needs = [(name,) for name in WEIGHTS]
         path = _hub_folder(repo, WEIGHTS, needs, os.environ.get("AUDIOCRAFT_CACHE_DIR"))
@@ -240,16 +249,23 @@ def _read_package(path: Path, model_id: str) -> dict[str, Any]:
 
 def _check_supported(cfg: DictConfig, model_id: str) -> None:
     conditioners = {k: v.model for k, v in cfg.conditioners.items() if k != "args"}
-    if cfg.lm_model != "transformer_lm" or list(conditioners.values()) != ["t5"]:
+    name = text_name(cfg)
+    families = ({name: "t5"}, {"self_wav": "chroma_stem", name: "t5"})
+    if cfg.lm_model != "transformer_lm" or conditioners not in families:
         raise UserError(
             f"--model_id={model_id}: a {cfg.lm_model} conditioned on "
-            f"{', '.join(conditioners) or 'nothing'}; only MusicGen models conditioned on text "
-            "alone can be trained: small, medium, large and their stereo versions"
+            f"{', '.join(conditioners) or 'nothing'}; only MusicGen models conditioned on text, or "
+            f"on text and melody, can be trained: {', '.join(SHORT_NAMES)}"
         )
-    (name,) = conditioners
-    transformer = cfg.transformer_lm
+    transformer, has_melody = cfg.transformer_lm, len(conditioners) == 2
+    fused = {"prepend": ["self_wav", name] if has_melody else [], "cross": [name]}
+    if has_melody:
+        fused["cross"] = []
     unlike_published = {
-        "text is not fused by cross attention": list(cfg.fuser.cross) != [name],
+        "its conditions are not fused as the published models'": any(
+            list(cfg.fuser[way]) != fused.get(way, [])
+            for way in ("prepend", "cross", "sum", "input_interpolate")
+        ),
         "T5 was fine-tuned": cfg.conditioners[name].t5.finetune,
         "torch's own attention": not (transformer.memory_efficient or transformer.custom),
         "attention_as_float32": transformer.attention_as_float32,
@@ -258,6 +274,12 @@ def _check_supported(cfg: DictConfig, model_id: str) -> None:
     for what, is_so in unlike_published.items():
         if is_so:
             raise UserError(f"--model_id={model_id}: not a model this can train: {what}")
+
+
+def text_name(cfg: DictConfig) -> str | None:
+    """What a config calls its condition on text."""
+    conditioners = ((name, c.get("model")) for name, c in cfg.conditioners.items())
+    return next((name for name, model in conditioners if model == "t5"), None)
 
 
 def read_lm_state(model_id: str) -> dict[str, torch.Tensor]:
@@ -298,7 +320,7 @@ def _load_lm(
     _check_supported(cfg, model_id)
     cfg.device = str(device)
     cfg.dtype = str(layers_dtype).removeprefix("torch.")
-    (name,) = (key for key in cfg.conditioners if key != "args")
+    name = text_name(cfg)
     local = folder / "t5"
     if not local.is_dir():
         local = _hub_folder(cfg.conditioners[name].t5.name, HF_FILES, T5_NEEDS)
@@ -367,9 +389,14 @@ def _quiet_transformers() -> Iterator[None]:
 
 def text_conditioner(lm: LMModel) -> T5Conditioner:
     """The one text conditioner of a model that `load` has accepted."""
-    (conditioner,) = lm.condition_provider.conditioners.values()
-    assert isinstance(conditioner, T5Conditioner)
-    return conditioner
+    conditioners = lm.condition_provider.conditioners.values()
+    return next(c for c in conditioners if isinstance(c, T5Conditioner))
+
+
+def melody_conditioner(lm: LMModel) -> MelodyConditioner | None:
+    """That of a melody model."""
+    conditioners = lm.condition_provider.conditioners.values()
+    return next((c for c in conditioners if isinstance(c, MelodyConditioner)), None)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -444,25 +471,36 @@ class TokenLoss(nn.Module):
         valid_frames: torch.Tensor,  # [B]
         text: torch.Tensor,  # [B, L, width of T5]
         text_mask: torch.Tensor,  # [B, L]
+        melody: torch.Tensor | None = None,  # [B, F, P], for melody models; None = no melody
     ) -> torch.Tensor:
         """Sum of cross entropies (nats) over each clip's valid tokens, `[B, K]`."""
         padding = torch.arange(codes.shape[-1], device=codes.device) >= valid_frames[:, None]
         codes = codes.masked_fill(padding[:, None], self.lm.special_token_id)  # padding: [B, T]
         sequence = _interleave(self.lm, codes, self.lm.special_token_id)  # [B, K, T] -> [B, K, S]
-        return self.of_sequence(sequence, text, text_mask)
+        return self.of_sequence(sequence, text, text_mask, melody)
 
     def of_sequence(
-        self, sequence: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor
+        self,
+        sequence: torch.Tensor,
+        text: torch.Tensor,
+        text_mask: torch.Tensor,
+        melody: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The same for codes `[B, K, S]` in the order in which the model reads them."""
         lm = self.lm
         inputs, targets = sequence[..., :-1], sequence[..., 1:]
 
         x = sum(embed(inputs[:, k]) for k, embed in enumerate(lm.emb))  # [B, S - 1, D]
-        condition = text_conditioner(lm).output_proj(text) * text_mask[..., None]
-        (name,) = lm.condition_provider.conditioners
-        x, condition = lm.fuser(x, {name: (condition, text_mask)})
-        x = lm.transformer(x, cross_attention_src=(condition, text_mask))
+        condition = text_conditioner(lm).output_proj(text) * text_mask[..., None]  # [B, L, D]
+        cross = None
+        if conditioner := melody_conditioner(lm):
+            if melody is None:
+                melody = conditioner.none().expand(len(x), -1, -1)
+            # As in audiocraft's generation, the padding of captions is zeros and attended to.
+            x = torch.cat([conditioner.output_proj(melody), condition, x], dim=1)
+        else:
+            cross = condition, text_mask
+        x = lm.transformer(x, cross_attention_src=cross)[:, -inputs.shape[-1] :]
         if lm.out_norm is not None:
             x = lm.out_norm(x)
 
@@ -503,5 +541,6 @@ def _interleave(lm: LMModel, codes: torch.Tensor, special: int) -> torch.Tensor:
     return pattern.build_pattern_sequence(codes, special, keep_only_valid_steps=True)[0]
 
 
+builders.ChromaStemConditioner = MelodyConditioner  # type: ignore
 for _library in ("audiocraft", "bitsandbytes"):
     logging.getLogger(_library).setLevel(logging.ERROR)

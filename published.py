@@ -10,8 +10,14 @@ SIZES = {  # width, heads, layers
     "medium": (1536, 24, 48),
     "large": (2048, 32, 48),
 }
+_MONO = (*SIZES, "melody", "melody-large")
 SHORT_NAMES = {
-    name: f"facebook/musicgen-{name}" for name in (*SIZES, *(f"stereo-{size}" for size in SIZES))
+    name: f"facebook/musicgen-{name}" for name in (*_MONO, *(f"stereo-{name}" for name in _MONO))
+}
+REFUSED = {  # what is in the ids of models of another kind
+    "musicgen-style": "audiocraft 1.3.0 has no style conditioner",
+    "magnet": "MAGNeT fills in masked codes in rounds, which is trained otherwise",
+    "jasco": "JASCO is no language model of codes, and audiocraft 1.3.0 has none",
 }
 
 # The published small's; source: audiocraft's config/ (model/lm/musicgen_lm.yaml,
@@ -79,6 +85,28 @@ rvq: {
   orthogonal_reg_active_codes_only: false}
 no_quant: {}
 """
+# What melody models have instead; source: audiocraft's config/conditioner/chroma2music.yaml.
+MELODY = {
+    "classifier_free_guidance": {"training_dropout": 0.2},
+    "attribute_dropout": {"args": {"active_on_eval": False}, "text": {}, "wav": {"self_wav": 0.5}},
+    "fuser": {"prepend": ["self_wav", "description"], "cross": []},
+    "conditioners": {
+        "self_wav": {
+            "model": "chroma_stem",
+            "chroma_stem": {
+                "sample_rate": 32000,
+                "n_chroma": 12,
+                "radix2_exp": 14,
+                "argmax": True,
+                "match_len_on_eval": False,
+                "eval_wavs": None,
+                "n_eval_wavs": 100,
+                "cache_path": None,
+            },
+        },
+        "description": {"t5": {"word_dropout": 0.2}},
+    },
+}
 # What the stereo models' language models have instead: four codebooks for each channel.
 STEREO = {
     "channels": 2,
@@ -99,10 +127,16 @@ T5_BASE: dict[str, Any] = {
 
 
 def lm_config(name: str) -> Any:
-    """The language model's config of a short name, such as "stereo-medium"."""
+    """The language model's config of a short name, such as "stereo-melody-large"."""
+    *kind, last = name.split("-")
+    dim, heads, layers = SIZES["medium" if last == "melody" else last]
+    sizes = {"transformer_lm": {"dim": dim, "num_heads": heads, "num_layers": layers}}
+    return family_config(sizes, stereo="stereo" in kind, melody="melody" in (*kind, last))
+
+
+def family_config(sizes: dict[str, Any], *, stereo: bool = False, melody: bool = False) -> Any:
+    """A language model's config of any size."""
     from omegaconf import OmegaConf
 
-    dim, heads, layers = SIZES[name.removeprefix("stereo-")]
-    sizes = {"transformer_lm": {"dim": dim, "num_heads": heads, "num_layers": layers}}
-    changes = STEREO if name.startswith("stereo-") else {}
-    return OmegaConf.merge(OmegaConf.create(LM_CONFIG), changes, sizes)
+    config = OmegaConf.create(LM_CONFIG)
+    return OmegaConf.merge(config, STEREO if stereo else {}, MELODY if melody else {}, sizes)

@@ -11,7 +11,7 @@ import soundfile as sf
 import torch
 
 import checkpoint
-from musicgen import ConditioningAttributes, MusicGen
+from musicgen import ConditioningAttributes, MusicGen, WavCondition
 
 DECODE_SEC = 30.0  # decoded at a time, so that memory doesn't grow with the length
 DECODE_MARGIN_SEC = 2.0  # context on both sides, for the codec's LSTM and convolutions
@@ -48,6 +48,7 @@ def generate(
     seed: int,
     variations: int = 1,
     opening: torch.Tensor | None = None,
+    melody: torch.Tensor | None = None,
     sampling: Sampling | None = None,
     on_frame: Callable[[], None] | None = None,
 ) -> torch.Tensor:
@@ -58,6 +59,8 @@ def generate(
             (`model.max_duration`, 30 s for the published models).
         opening: codes `[1, K, T]` to continue, not longer than the overlap; the result begins
             with them.
+        melody: recording `[1, samples]` at the model's rate whose melody to follow, from the
+            start of the result and again from its own start when it ends; for melody models.
         on_frame: called for each pattern step that was generated (about one a frame); it may
             raise to stop.
     """
@@ -71,14 +74,13 @@ def generate(
         codes = opening.to(model.device).expand(variations, -1, -1)
         total += codes.shape[-1]
     assert codes.shape[-1] <= overlap < window
-    conditions = [ConditioningAttributes(text={_text_name(model): prompt})] * variations
 
     torch.manual_seed(seed)
     autocast = _autocast(model)
     while (done := codes.shape[-1]) < total:
         context = codes[..., max(0, done - overlap) :] if done else None
         kept = 0 if context is None else context.shape[-1]
-
+        conditions = [_conditions(model, prompt, melody, done - kept)] * variations
         with autocast:
             made = model.lm.generate(
                 context,
@@ -104,9 +106,23 @@ def _autocast(model: MusicGen) -> torch.autocast:
     return torch.autocast(model.device.type, dtype, enabled=dtype is not None)
 
 
-def _text_name(model: MusicGen) -> str:
-    (name,) = model.lm.condition_provider.conditioners
-    return name
+def _conditions(
+    model: MusicGen, prompt: str, melody: torch.Tensor | None, frame: int
+) -> ConditioningAttributes:
+    """Those of the window that begins at a frame."""
+    provider = model.lm.condition_provider
+    (name,) = provider.text_conditions
+    given = ConditioningAttributes(text={name: prompt})
+    for wav_name in provider.wav_conditions:
+        wav, length = torch.zeros(1, 1, 1), 0  # audiocraft's form of no melody
+        if melody is not None:
+            length = round(model.max_duration * model.sample_rate)
+            start = round(frame / model.frame_rate * model.sample_rate)
+            wav = melody[None, :, torch.arange(start, start + length) % melody.shape[-1]]
+        given.wav[wav_name] = WavCondition(
+            wav.to(model.device), torch.tensor([length]), [model.sample_rate], [None], [0.0]
+        )
+    return given
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from config import Config
 from dataset import Clips, Track
 from ema import EMA
 from flags import UserError
-from musicgen import MusicGen, TextEncoder, TokenLoss
+from musicgen import Melodies, MusicGen, TextEncoder, TokenLoss
 from plan import Plan
 from report import Report, format_seconds, start_wandb
 
@@ -210,6 +210,7 @@ def start(config: Config) -> Session:
         layers_dtype=layers_dtype(config, checkpoint.DTYPES[precision]),
     )
     lm = model.lm
+    melodies = _melodies(config, model, tracks + held_out, accelerator)
     adapter = set_up_training(config, lm)
     trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
     module, optimizer = accelerator.prepare(TokenLoss(lm), _make_optimizer(config, trained))
@@ -226,8 +227,8 @@ def start(config: Config) -> Session:
         trained=trained,
         optimizer=optimizer,
         ema=EMA(list(trained.values()), config.ema_decay) if config.ema_decay else None,
-        clips=_make_clips(config, model, tracks, frames, training=True),
-        valid_clips=_make_clips(config, model, held_out, frames, training=False),
+        clips=_make_clips(config, model, tracks, frames, melodies, training=True),
+        valid_clips=_make_clips(config, model, held_out, frames, melodies, training=False),
         plan=plan,
         frames=frames,
         warmup=config.warmup_steps if config.warmup_steps < total else total // 10,
@@ -392,8 +393,33 @@ def moments_bytes(config: Config, parameters: int) -> int:
     return 8 * parameters
 
 
+def _melodies(
+    config: Config, model: MusicGen, tracks: list[Track], accelerator: Accelerator
+) -> Melodies | None:
+    """Those of all tracks, of which each process finds its share; None if none are wanted."""
+    conditioner = musicgen.melody_conditioner(model.lm)
+    if conditioner is None and "drop_melody" in config.model_fields_set:
+        raise UserError(
+            f"--drop_melody does nothing with --model_id={config.model_id}, which takes no "
+            "melodies: leave it out, or give a melody model"
+        )
+    if conditioner is None or config.drop_melody == 1:
+        return None
+    melodies = Melodies(conditioner)
+    share = tracks[accelerator.process_index :: accelerator.num_processes]
+    melodies.prepare(conditioner, share, quiet=not accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    return melodies
+
+
 def _make_clips(
-    config: Config, model: MusicGen, tracks: list[Track], frames: int, *, training: bool
+    config: Config,
+    model: MusicGen,
+    tracks: list[Track],
+    frames: int,
+    melodies: Melodies | None,
+    *,
+    training: bool,
 ) -> Clips:
     return Clips(
         tracks,
@@ -403,6 +429,8 @@ def _make_clips(
         seed=config.seed,
         drop_caption=config.cfg_p if training and config.use_cfg else 0.0,
         drop_word=config.word_dropout if training else 0.0,
+        melodies=melodies,
+        drop_melody=config.drop_melody if training else 0.0,
     )
 
 
@@ -438,6 +466,9 @@ def _facts(session: Session, precision: str) -> dict[str, str]:
     captions = "none, as no_label=1" if config.no_label else "from .txt files"
     if config.use_cfg:
         captions += f", dropped with probability {config.cfg_p:g}"
+    if musicgen.melody_conditioner(session.model.lm):
+        has = f"the clips' own, dropped with probability {config.drop_melody:g}"
+        captions += f"; melodies: {has if session.clips.melodies else 'none'}"
     adapters = ""
     if config.lora_rank:
         adapters = f" as LoRA of rank {config.lora_rank}"

@@ -137,7 +137,8 @@ def _loop(run: Session, stop: StopSignals) -> None:
             text, mask = run.text_encoder(batch.captions, device)
             waits = i + 1 < len(micro_batches)  # DDP sums gradients in the last backward pass only
             with accelerator.no_sync(run.module) if waits else contextlib.nullcontext():
-                loss = run.module(codes, to_device(valid[i], device), text, mask)
+                melody = None if batch.melody is None else to_device(batch.melody, device)
+                loss = run.module(codes, to_device(valid[i], device), text, mask, melody)
                 # Mean over tokens, then codebooks; DDP will divide by the number of processes.
                 mean = (loss.sum(0) / counts).mean() * accelerator.num_processes
                 accelerator.backward(mean)

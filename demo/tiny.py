@@ -29,6 +29,8 @@ def build_musicgen(
     folder: Path,
     *,
     stereo: bool = False,
+    melody: bool = False,
+    sample_rate: int = 32_000,
     dim: int = 64,
     num_heads: int = 4,
     num_layers: int = 2,
@@ -44,9 +46,9 @@ def build_musicgen(
     """Write a random-weight MusicGen in audiocraft's exported format, its text encoder in `t5/`.
 
     The published small is dim=1024, num_heads=16, num_layers=24, card=2048, n_filters=64,
-    codec_dim=128, t5_dim=768. Plain audiocraft takes t5_dim=768 only, see `build_hub_cache`.
-    As published, the LM is stored in float16 and the codec in float32. To sample with a card
-    under 250, give audiocraft a lower top_k than its default.
+    codec_dim=128, t5_dim=768; AudioGen has sample_rate=16000. Plain audiocraft takes t5_dim=768
+    only, see `build_hub_cache`. As published, the LM is stored in float16 and the codec in float32.
+    To sample with a card under 250, give audiocraft a lower top_k than its default.
     """
     import musicgen  # noqa: F401  (stands in for the xformers that audiocraft imports)
 
@@ -58,15 +60,21 @@ def build_musicgen(
 
     sizes = {"dim": dim, "num_heads": num_heads, "num_layers": num_layers, "card": card}
     lm_sizes = {
+        "sample_rate": sample_rate,
         "dataset": {"segment_duration": segment_sec},
         "transformer_lm": {**sizes, "dropout": dropout},
     }
     codec_sizes = {
-        "seanet": {"dimension": codec_dim, "n_filters": n_filters},
+        "sample_rate": sample_rate,
+        "encodec": {"sample_rate": sample_rate},
+        "seanet": {
+            "dimension": codec_dim,
+            "n_filters": n_filters,
+            "ratios": [8, 5, 4, sample_rate // 8000],  # 50 frames a second
+        },
         "rvq": {"bins": card},
     }
-    stereo_changes = published.STEREO if stereo else {}
-    lm_cfg: Any = OmegaConf.merge(OmegaConf.create(published.LM_CONFIG), stereo_changes, lm_sizes)
+    lm_cfg = published.family_config(lm_sizes, stereo=stereo, melody=melody)
     codec_cfg: Any = OmegaConf.merge(OmegaConf.create(published.CODEC_CONFIG), codec_sizes)
 
     # The config says t5-base, but the LM is built with our own: audiocraft takes only what is in

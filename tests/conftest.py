@@ -15,6 +15,7 @@ import soundfile as sf
 import torch
 from accelerate.state import AcceleratorState
 from matplotlib.figure import Figure
+from safetensors.torch import save_file
 
 import musicgen  # noqa: F401  (before anything imports audiocraft)
 from config import Config
@@ -103,6 +104,26 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
         return tmp_path / name
 
     return run
+
+
+def build_demucs(hub: Path) -> None:
+    """Put a small random demucs into a Hugging Face cache, as htdemucs."""
+    from demucs.htdemucs import HTDemucs
+
+    settings = {
+        "sources": ["drums", "bass", "other", "vocals"],
+        **{"channels": 8, "t_layers": 1, "t_heads": 2, "segment": 1.0},
+    }
+    repo = hub / "models--adefossez--HTDemucs"
+    (repo / "snapshots" / "1").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("1")
+    (repo / "snapshots" / "1" / "htdemucs.yaml").write_text("models: [tiny]\n")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = HTDemucs(**settings).state_dict()
+    how = {"klass": "demucs.htdemucs.HTDemucs", "args": "[]", "kwargs": json.dumps(settings)}
+    save_file(state, repo / "snapshots" / "1" / "tiny.safetensors", how)
 
 
 def weights(output: Path, step: int | str = "final") -> dict[str, torch.Tensor]:

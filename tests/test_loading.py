@@ -285,10 +285,8 @@ def test_a_codec_given_by_name_loads(
 
 
 T5 = {"model": "t5", "t5": {"name": "t5-base", "finetune": False, "word_dropout": 0.3}}
-CHROMA = {"model": "chroma_stem", "chroma_stem": {"n_chroma": 12}}
 UNSUPPORTED = {  # change to the config, what the message names
-    "melody": ({"conditioners": {"self_wav": CHROMA, "description": T5}}, "self_wav, description"),
-    "style": ({"conditioners": {"self_wav": {"model": "style"}}}, "self_wav"),
+    "style": ({"conditioners": {"self_wav": {"model": "style"}, "description": T5}}, "self_wav"),
     "unconditioned": ({"conditioners": {}}, "nothing"),
     "MAGNeT": ({"lm_model": "transformer_lm_magnet"}, "transformer_lm_magnet"),
 }
@@ -315,6 +313,22 @@ def test_a_model_of_another_kind_is_refused_by_name(name, mono_folder, tmp_path)
     assert f"--model_id={folder}" in str(error.value)
     assert says in str(error.value)
     assert "small, medium, large" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["facebook/musicgen-style", "style", "facebook/MAGNeT-small-30secs", "jasco"]
+)
+def test_models_of_another_kind_are_refused_before_a_download(name):
+    with pytest.raises(UserError, match=f"--model_id={name} can't be trained: .{{20}}"):
+        musicgen.load(name, CPU)
+
+
+def test_a_melody_that_is_fused_otherwise_is_refused(mono_folder, tmp_path):
+    chroma = {"model": "chroma_stem", "chroma_stem": {"n_chroma": 12}}
+    change = {"conditioners": {"self_wav": chroma, "description": T5}}
+    folder = reconfigured(mono_folder, tmp_path / "model", change)
+    with pytest.raises(UserError, match="not fused as the published"):
+        musicgen.load(str(folder), CPU)
 
 
 def test_a_model_of_shorter_pieces_loads(mono_folder, tmp_path):

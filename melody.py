@@ -1,0 +1,177 @@
+"""The melody of melody models: which of 12 pitch classes leads, several times a second (chroma).
+
+audiocraft takes it from what demucs leaves of a recording without drums and bass. Here that is done
+once for each recording and kept in the user's cache folder, so that training has no demucs in it.
+
+Letters: B batch, C channels, F chroma frames (of 4096 samples, at 32 kHz 0.128 s), P pitch classes.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import dataset
+from dataset import Track
+from flags import UserError
+
+# isort: split
+from audiocraft.modules.chroma import ChromaExtractor
+from audiocraft.modules.conditioners import ChromaStemConditioner, WaveformConditioner
+
+BLOCK_SEC, MARGIN_SEC = 120, 4  # separated at a time, and what is heard on both sides
+
+
+class MelodyConditioner(ChromaStemConditioner):
+    """audiocraft's, in the form that `MusicGen.get_pretrained` brings it into for generation.
+
+    The melody is repeated or cut to the model's window, `chroma_len` frames; none is the chroma of
+    silence. Unlike audiocraft's, it imports and loads demucs not before the first recording.
+    """
+
+    def __init__(
+        self,
+        output_dim: int,
+        sample_rate: int,
+        n_chroma: int,
+        radix2_exp: int,
+        duration: float,
+        device: Any = "cpu",
+        argmax: bool = False,
+        **_: Any,  # of audiocraft's evaluation and cache
+    ) -> None:
+        WaveformConditioner.__init__(self, n_chroma, output_dim, device)
+        self.autocast = torch.autocast(torch.device(device).type, enabled=False)  # type: ignore
+        self.sample_rate = sample_rate
+        self.duration = duration
+        self.match_len_on_eval = True
+        self._use_masking = False
+        self.chroma = ChromaExtractor(
+            sample_rate, n_chroma=n_chroma, radix2_exp=radix2_exp, argmax=argmax
+        ).to(device)
+        self.chroma_len = self._get_chroma_len()
+        self.eval_wavs = self.cache = None
+
+    @functools.cached_property
+    def demucs(self) -> Any:
+        try:
+            from demucs.hf import get_hf_model
+        except ImportError:
+            raise UserError(
+                "the melody of a recording is taken with demucs, which is not installed: "
+                'pip install "demucs>=4.1"; or train with --drop_melody=1, on captions alone'
+            ) from None
+        try:
+            return get_hf_model("htdemucs").to(self.device).eval()
+        except Exception as error:  # offline, no space, no access: each a class of its own
+            lines = str(error).strip().splitlines() or ["no reason given"]
+            raise UserError(
+                "demucs' weights (adefossez/HTDemucs) are not in the Hugging Face cache and could "
+                f"not be downloaded ({type(error).__name__}: {lines[0]}): connect to the network "
+                "once, or train with --drop_melody=1, on captions alone"
+            ) from None
+
+    @torch.no_grad()
+    def _get_stemmed_wav(self, wav: torch.Tensor, sample_rate: int) -> torch.Tensor:
+        """wav `[B, C, samples]` -> `[B, 1, samples]` without drums and bass.
+
+        As audiocraft's, but without demucs' random shifts: the same each time.
+        """
+        demucs = self.demucs
+        from demucs.apply import apply_model
+        from demucs.audio import convert_audio
+
+        leading = [demucs.sources.index(name) for name in ("vocals", "other")]
+        with self.autocast:
+            wav = convert_audio(wav, sample_rate, demucs.samplerate, demucs.audio_channels)
+            stems = apply_model(demucs, wav, shifts=0, device=self.device)  # [B, stems, C, samples]
+            mix = stems[:, leading].sum(1)
+            return convert_audio(mix, demucs.samplerate, self.sample_rate, 1)
+
+    @torch.no_grad()
+    def none(self) -> torch.Tensor:
+        """The melody of no recording, `[chroma_len, P]`."""
+        silence = torch.zeros(1, 1, device=self.device)
+        return self._extract_chroma(silence)[0, :1].expand(self.chroma_len, -1)
+
+
+class Melodies:
+    """The melodies of recordings, for crops of them; on disk once `prepare` has been run.
+
+    `none` `[F, P]` is that of no recording.
+    """
+
+    def __init__(self, conditioner: MelodyConditioner) -> None:
+        chroma = conditioner.chroma
+        self.frames = conditioner.chroma_len  # F of a clip
+        self.rate = conditioner.sample_rate / chroma.winhop  # frames a second
+        self.none = conditioner.none().cpu()
+        self._settings = [
+            "htdemucs",
+            *(conditioner.sample_rate, chroma.winlen, chroma.n_chroma, chroma.argmax),
+        ]
+
+    def prepare(self, conditioner: MelodyConditioner, tracks: list[Track], *, quiet: bool) -> None:
+        """Find the melodies that are not in the cache yet; then let go of demucs.
+
+        Errors: UserError if a recording can't be read, or demucs isn't there.
+        """
+        new = {path: track for track in tracks if not (path := self._path(track)).exists()}
+        if new:
+            checkpoint.check_writable(cache_folder(), "XDG_CACHE_HOME")
+        bar = tqdm(new.items(), desc="melodies", unit="file", disable=quiet or not new)
+        for path, track in bar:
+            try:
+                pieces = list(_blocks(conditioner, track))
+            except ValueError as error:
+                raise UserError(f"{track.path}: {error}") from None
+            chroma = np.concatenate(pieces).astype(np.float16)
+            checkpoint.write(path, functools.partial(np.save, arr=chroma))
+        conditioner.__dict__.pop("demucs", None)
+
+    def crop(self, track: Track, start: int, frames: int) -> torch.Tensor:
+        """The melody of `frames` of a track's own frames from `start` on, repeated to `[F, P]`.
+
+        Errors: ValueError if it is not in the cache.
+        """
+        try:
+            chroma = np.load(self._path(track), mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"its melody is no longer in {self._path(track)} ({error})") from None
+        first = min(round(start * self.rate / track.sample_rate), len(chroma) - 1)
+        part = chroma[first : first + 1 + int(frames * self.rate / track.sample_rate)]
+        return torch.from_numpy(np.resize(part, (self.frames, part.shape[1])).astype(np.float32))
+
+    def _path(self, track: Track) -> Path:
+        status = track.path.stat()
+        key = [*self._settings, str(track.path.resolve()), status.st_size, status.st_mtime_ns]
+        return cache_folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.npy"
+
+
+def cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "musicgen-trainer" / "melodies"
+
+
+def _blocks(conditioner: MelodyConditioner, track: Track) -> Iterator[np.ndarray]:
+    """The chroma `[F, P]` of a whole recording, in blocks of bounded memory."""
+    rate, hop = conditioner.sample_rate, conditioner.chroma.winhop
+    frames = 1 + int(track.duration_sec * rate) // hop
+    block, margin = BLOCK_SEC * rate // hop, MARGIN_SEC * rate // hop
+    for start in range(0, frames, block):
+        first = max(0, start - margin)
+        begin = first * hop * track.sample_rate // rate  # in the file's own frames
+        end = (start + block + margin) * hop * track.sample_rate // rate
+        end = min(track.frames, end)
+        wav = dataset.read_crop(track.path, begin, end - begin, rate, 1)  # [1, samples]
+        on_device = torch.from_numpy(wav)[None].to(conditioner.device)  # [1, 1, samples]
+        chroma = conditioner._compute_wav_embedding(on_device, rate)[0]
+        yield chroma[start - first :][:block].cpu().numpy()
