@@ -63,12 +63,20 @@ def _project(attention: Any, x: torch.Tensor, rows: slice = slice(None)) -> torc
     base = _plain(attention)
     bias = base.in_proj_bias
     out = F.linear(x, base.in_proj_weight[rows], None if bias is None else bias[rows])
-    if base is attention:
-        return out
-    for name in attention.active_adapters:
-        inner = attention.lora_A[name](attention.lora_dropout[name](x))
-        outer = F.linear(inner, attention.lora_B[name].weight[rows])
-        out = out + attention.scaling[name] * outer
+    return out if base is attention else _add_adapters(attention, x, out, rows)
+
+
+def adapted_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """What peft's own forward gives of an adapted nn.Linear, in fewer passes over the output."""
+    return _add_adapters(layer, x, layer.base_layer(x))
+
+
+def _add_adapters(
+    layer: Any, x: torch.Tensor, out: torch.Tensor, rows: slice = slice(None)
+) -> torch.Tensor:
+    for name in layer.active_adapters:
+        inner = layer.scaling[name] * layer.lora_A[name](layer.lora_dropout[name](x))
+        out = out + F.linear(inner, layer.lora_B[name].weight[rows])
     return out
 
 

@@ -5,6 +5,7 @@
 Letters: r rank; an adapted weight W [out, in] becomes W + scale * scaling * B [out, r] A [r, in].
 """
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,8 @@ def attach(
     from peft.tuners.lora import LoraLayer
     from torch import nn
 
+    from attention import adapted_linear
+
     attention = lm.transformer.layers[0].self_attn
     unlike_published = {
         "rotary positions": attention.rope is not None,
@@ -62,10 +65,13 @@ def attach(
     )
     model = get_peft_model(lm, config)
     config.base_model_name_or_path = base  # not before: peft knows its own models' names only
-    if dropout:  # peft's own flag for it excludes target_parameters; attention.py applies it
-        for layer in lm.modules():
-            if isinstance(layer, LoraLayer):
-                layer.lora_dropout["default"] = nn.Dropout(dropout).train(lm.training)
+    for layer in lm.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if isinstance(layer.get_base_layer(), nn.Linear):
+            layer.forward = functools.partial(adapted_linear, layer)  # type: ignore[attr-defined]
+        if dropout:  # peft's own flag for it excludes target_parameters; attention.py applies it
+            layer.lora_dropout["default"] = nn.Dropout(dropout).train(lm.training)
     return model
 
 

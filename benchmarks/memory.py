@@ -68,32 +68,46 @@ def measure() -> None:
 
 def peak_of_two_steps(config: Config) -> int:
     """Bytes that this process takes at most, in a fresh process."""
-    model = musicgen.configs("small")
-    lm = memory.build_lm(config, model, model[0].transformer_lm.num_layers, DTYPE)
-    warm_up()
+    warm_up(config)
     before = psutil.Process().memory_info().rss
-    lm.to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            parameter.normal_(std=0.02)
-    trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
-    optimizer = session._make_optimizer(config, trained)
-    loss_module = musicgen.TokenLoss(lm)
-    B = config.batch_size
-    text, mask = torch.randn(B, 32, model[2].d_model), torch.ones(B, 32)
+    trainer = Trainer(config)
     for _ in range(2):
-        for _ in range(config.grad_acc):
-            codes = torch.randint(lm.card, (B, lm.num_codebooks, FRAMES))
-            with torch.autocast("cpu", DTYPE):
-                loss = loss_module(codes, torch.full((B,), FRAMES), text, mask).mean()
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        trainer.step()
     return peak_rss() - before
 
 
-def warm_up() -> None:
-    """What torch's libraries take once, whatever the model."""
+class Trainer:
+    """A language model of small's true size and random weights, on random codes of 30 s."""
+
+    def __init__(self, config: Config) -> None:
+        model = musicgen.configs("small")
+        self.config, self.width = config, model[2].d_model
+        self.lm = memory.build_lm(config, model, model[0].transformer_lm.num_layers, DTYPE)
+        self.lm.to_empty(device="cpu")
+        with torch.no_grad():
+            for parameter in self.lm.parameters():
+                parameter.normal_(std=0.02)
+        self.trained = {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
+        self.optimizer = session._make_optimizer(config, self.trained)
+
+    def step(self) -> None:
+        """As in train.py, after EnCodec and T5."""
+        B = self.config.batch_size
+        for _ in range(self.config.grad_acc):
+            codes = torch.randint(self.lm.card, (B, self.lm.num_codebooks, FRAMES))
+            text = torch.randn(B, memory.CAPTION_TOKENS, self.width)
+            valid, mask = torch.full((B,), FRAMES), torch.ones(text.shape[:2])
+            with torch.autocast("cpu", DTYPE):
+                loss = musicgen.TokenLoss(self.lm)(codes, valid, text, mask).mean()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def warm_up(config: Config) -> None:
+    """What torch's libraries and the imports take once, whatever the model's size."""
+    memory.build_lm(config, musicgen.configs("small"), 2, DTYPE)
     with torch.autocast("cpu", DTYPE):
         layer = torch.nn.Linear(64, 64)
         layer(torch.randn(8, 64)).sum().backward()
