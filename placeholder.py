@@ -101,8 +101,8 @@ def add(conditioner: Any, word: str, vector: torch.Tensor, flag: str) -> NewWord
 
 def save(path: Path, new: NewWord, dtype: str, model_id: str) -> None:
     state = checkpoint.portable({new.word: new.vector}, dtype)
-    metadata = {"format": "pt", "model_id": model_id}
-    checkpoint.write_bytes(path, to_bytes(state, metadata))
+    # One entry: several are written in any order, and the same vector should give the same file.
+    checkpoint.write_bytes(path, to_bytes(state, {"model_id": model_id}))
 
 
 def read(path: str) -> Embedding:
