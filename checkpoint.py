@@ -18,6 +18,7 @@ from flags import UserError
 
 FINAL = "lm_final.pt"
 LORA = "lora_final"
+EMBEDDING = "learned_embeds.safetensors"  # diffusers' name
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")  # peft's names
 RESUME = "resume.pt"
 RUN = "run.json"
@@ -64,14 +65,16 @@ def portable(state: Mapping[str, torch.Tensor], dtype: str) -> dict[str, torch.T
     }
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"lm_{step}.pt"
+def checkpoint_path(final: Path, step: int) -> Path:
+    """Example: lm_final.pt -> lm_20.pt, learned_embeds.safetensors -> learned_embeds_20..."""
+    return final.with_stem(f"{final.stem.removesuffix('_final')}_{step}")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The lm_<step>.pt of a folder, oldest first."""
-    named = [(re.fullmatch(r"lm_(\d+)\.pt", p.name), p) for p in folder.glob("lm_*.pt")]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
+    """The lm_<step>.pt and learned_embeds_<step>.safetensors of a folder, oldest first."""
+    names = re.compile(r"lm_(\d+)\.pt|learned_embeds_(\d+)\.safetensors")
+    found = [(names.fullmatch(path.name), path) for path in folder.glob("*_*.*")]
+    return [path for _, path in sorted((int(m[1] or m[2]), path) for m, path in found if m)]
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -125,7 +128,8 @@ def check_writable(folder: Path, flag: str) -> None:
 
 def weights(folder: Path) -> list[Path]:
     """The files of a run that took time to make."""
-    final = [folder / FINAL, folder / RESUME, *(folder / LORA / name for name in LORA_FILES)]
+    final = [folder / name for name in (FINAL, EMBEDDING, RESUME)]
+    final += [folder / LORA / name for name in LORA_FILES]
     return checkpoints(folder) + [path for path in final if path.exists()]
 
 
@@ -142,7 +146,8 @@ def clear_samples(folder: Path) -> None:
 
 def remove_temporary(folder: Path) -> None:
     """What a killed run may have left half written."""
-    names = re.compile(r"\.(lm_\w+\.pt|resume\.pt|run\.json|metrics\.jsonl|training\.png)\.tmp")
+    weights = r"lm_\w+\.pt|learned_embeds\w*\.safetensors|resume\.pt"
+    names = re.compile(rf"\.({weights}|run\.json|metrics\.jsonl|training\.png)\.tmp")
     for path in folder.glob(".*.tmp"):
         if names.fullmatch(path.name):
             path.unlink()

@@ -18,6 +18,19 @@ def _existing_folder(value: str) -> str:
     return str(path)
 
 
+def _existing_file(value: str) -> str:
+    path = Path(value).expanduser()
+    if not path.is_file():
+        raise ValueError("no such file")
+    return str(path)
+
+
+def _one_word(value: str) -> str:
+    if len(value.split()) != 1 or value != value.strip():
+        raise ValueError("must be one word, without spaces")
+    return value
+
+
 def _expanded(value: str) -> str:
     """~ is the home folder; a shell doesn't see it after --flag=."""
     return str(Path(value).expanduser())
@@ -52,6 +65,11 @@ def _prompts(value: Any) -> Any:
 Folder = Annotated[str, AfterValidator(_existing_folder)]
 AnyPath = Annotated[str, Field(min_length=1), AfterValidator(_expanded)]
 Prompts = Annotated[list[str], BeforeValidator(_prompts), Field(min_length=1)]
+Files = Annotated[
+    list[Annotated[str, AfterValidator(_existing_file)]],
+    BeforeValidator(_one_or_list),
+    Field(min_length=1),
+]
 Folders = Annotated[list[Folder], BeforeValidator(_one_or_list), Field(min_length=1)]
 Scales = Annotated[
     list[float],
@@ -181,6 +199,16 @@ class Config(Flags):
         False, description="adapters on token embeddings and output heads too; 0 = off"
     )
 
+    # Textual inversion.
+    placeholder: Annotated[str, AfterValidator(_one_word)] | None = Field(
+        None,
+        description="train the vector of this new word of the text encoder, such as `<my-style>`, "
+        "instead of the weights; captions without it get it in front; None = off",
+    )
+    placeholder_init: str = Field(
+        "music", min_length=1, description="the word, or words, whose mean vector it starts from"
+    )
+
     # Validation and samples.
     valid_path: Folder | None = Field(
         None, description="folder of held-out pairs for the validation loss; None = off"
@@ -228,6 +256,9 @@ class Config(Flags):
             )
         if self.tune_text and self.lora_rank:
             problems.append("--tune_text and --lora_rank exclude each other: give one of them")
+        for name in ("tune_text", "lora_rank", "no_label"):
+            if self.placeholder and getattr(self, name):
+                problems.append(f"--placeholder and --{name} exclude each other: give one of them")
         has_valid = bool(self.valid_path or self.valid_split)
         needs = [
             ("cfg_p", self.use_cfg, "--use_cfg=1"),
@@ -235,6 +266,7 @@ class Config(Flags):
                 (f"lora_{name}", self.lora_rank > 0, "--lora_rank")
                 for name in ("alpha", "dropout", "rslora", "embeddings")
             ),
+            ("placeholder_init", bool(self.placeholder), "--placeholder"),
             ("valid_step", has_valid, "--valid_path or --valid_split"),
             ("sample_prompts", bool(self.sample_step), "--sample_step"),
             ("sample_duration", bool(self.sample_step), "--sample_step"),
@@ -274,7 +306,7 @@ class GenerateConfig(Flags):
     model_id: str | None = Field(
         None,
         description="the model that was tuned, as for run.py; None = what run.py noted beside "
-        "the weights or in the adapter, else small",
+        "the weights, in the adapter or in the embedding, else small",
     )
     lora: Folders | None = Field(
         None,
@@ -282,6 +314,11 @@ class GenerateConfig(Flags):
         "several. They go onto the base model unless weights_path is given too",
     )
     lora_scale: Scales = Field([1.0])
+    embedding: Files | None = Field(
+        None,
+        description="learned word for the prompt: the learned_embeds.safetensors that run.py left; "
+        'or ["a", "b"] for several. They go with the base model unless weights_path is given too',
+    )
     duration: float = Field(30.0, gt=0, description="seconds to generate")
     overlap: float | None = Field(
         None,
@@ -318,9 +355,12 @@ class GenerateConfig(Flags):
 
     @property
     def full_weights(self) -> str | None:
-        """--weights_path; its default only without --lora, as run.py merges into that file."""
+        """--weights_path; its default only without --lora, as run.py merges into that file.
+
+        Nor with --embedding, which was trained on the base model.
+        """
         is_default = "weights_path" not in self.model_fields_set
-        return None if self.lora and is_default else self.weights_path
+        return None if (self.lora or self.embedding) and is_default else self.weights_path
 
     @model_validator(mode="after")
     def _fit_together(self) -> "GenerateConfig":

@@ -1,6 +1,7 @@
 """Generate music with a fine-tuned MusicGen: `python generate.py --prompt="slow piano waltz"`."""
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:  # at run time not before the flags are known to be good
     import torch
 
     from musicgen import MusicGen
+    from placeholder import Embedding
 
 OUT_OF_MEMORY = "Use less: fewer --variations; a shorter --overlap; a smaller --model_id."
 
@@ -47,16 +49,22 @@ def run(config: GenerateConfig) -> list[Path]:
 
     import checkpoint
     import musicgen
+    import placeholder
     import sampling
 
+    embeddings = [placeholder.read(path) for path in config.embedding or []]
     checkpoint.check_writable(paths[0][0].parent, "--output")
     device = musicgen.choose_device(config.device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    model = musicgen.load(_model_id(config, adapters), device, dtype)
+    model = musicgen.load(_model_id(config, adapters, embeddings), device, dtype)
     if config.full_weights:
         musicgen.load_weights(model.lm, config.full_weights)
     for adapter, scale in zip(adapters, config.scales, strict=True):
         lora.merge(model.lm.state_dict(), adapter, scale, in_place=True)
+    for file, (word, vector, _) in zip(config.embedding or [], embeddings, strict=True):
+        placeholder.add(musicgen.text_conditioner(model.lm), word, vector, f"--embedding={file}")
+        if not any(placeholder.has(word, prompt) for prompt in config.prompt):
+            print(f"note: no prompt has {word}, the word of {file}", file=sys.stderr)
     overlap_sec = config.overlap or sampling.default_overlap_sec(model)
     if sampling.to_frames(model, overlap_sec) >= sampling.to_frames(model, model.max_duration):
         raise UserError(
@@ -122,8 +130,10 @@ def _output_paths(config: GenerateConfig) -> list[list[Path]]:
     return groups
 
 
-def _model_id(config: GenerateConfig, adapters: "list[lora.Adapter]") -> str:
-    """--model_id, or what run.py noted beside the weights or in the adapter, or small."""
+def _model_id(
+    config: GenerateConfig, adapters: "list[lora.Adapter]", embeddings: "list[Embedding]"
+) -> str:
+    """--model_id, or what run.py noted beside the weights or in what goes onto them, or small."""
     from checkpoint import RUN, read_json
 
     noted = None
@@ -131,6 +141,8 @@ def _model_id(config: GenerateConfig, adapters: "list[lora.Adapter]") -> str:
         noted = (read_json(Path(config.full_weights).parent / RUN) or {}).get("model_id")
     elif adapters:
         noted = adapters[0][1].base_model_name_or_path
+    elif embeddings:
+        noted = embeddings[0].model_id
     return config.model_id or noted or "small"
 
 

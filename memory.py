@@ -149,9 +149,10 @@ def dry_run(config: Config) -> str:
         f"{name} {_gb(getattr(need, name))}"
         for name in ("weights", "gradients", "optimizer", "activations", "encoders", "encoding")
     )
+    trained = f"{need.trained}" if config.placeholder else f"{need.trained / 1e6:.1f} M"
     rows = [
         f"model      {config.model_id}, {need.parameters / 1e6:.1f} M parameters, "
-        f"{need.trained / 1e6:.1f} M trained",
+        f"{trained} trained",
         f"steps      {plan.total_steps}: {plan.steps_per_epoch} an epoch, of "
         f"{plan.clips_per_step} clips of {frames / frame_rate:g} s",
         f"precision  {str(dtype).removeprefix('torch.')} ({why})",
@@ -173,14 +174,14 @@ def _thriftier(config: Config) -> Iterator[tuple[str, Config]]:
     if not config.grad_checkpointing:
         config = config.model_copy(update={"grad_checkpointing": True})
         yield "--grad_checkpointing=1", config
-    if config.optimizer == "adamw":
+    if config.optimizer == "adamw" and not config.placeholder:
         config = config.model_copy(update={"optimizer": "adamw_8bit"})
         yield "--optimizer=adamw_8bit", config
     if config.batch_size > 1:
         grad_acc = config.batch_size * config.grad_acc
         config = config.model_copy(update={"batch_size": 1, "grad_acc": grad_acc})
         yield f"--batch_size=1 --grad_acc={grad_acc}", config
-    if not config.lora_rank and not config.tune_text:
+    if not (config.lora_rank or config.tune_text or config.placeholder):
         config = config.model_copy(update={"lora_rank": 16})
         yield "--lora_rank=16 --lr=1e-4", config
 
@@ -238,6 +239,9 @@ def _measure(
                 parameter.grad = torch.empty_like(parameter)
         sequence = torch.empty(B, lm.num_codebooks, frames + 1, dtype=torch.long)
         text, mask = torch.empty(B, CAPTION_TOKENS, width), torch.empty(B, CAPTION_TOKENS)
+        if config.placeholder:  # the way to it is through the text
+            text.requires_grad = True
+            trained += width
         live = _Live()
         live.ignore(*lm.parameters(), *(p.grad for p in lm.parameters() if p.grad is not None))
         with live:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
+import placeholder
 import published
 from flags import UserError, is_out_of_memory
 from published import SHORT_NAMES
@@ -423,13 +424,23 @@ class TextEncoder:
     Each caption is encoded by itself, so that its embedding doesn't depend on its batch. The
     empty caption is the null condition of classifier-free guidance: zeros, fully masked. (T5 on a
     fully masked input is NaN in half precision, and NaN * 0 stays NaN.)
+
+    Captions with the new word change with its vector: they are computed each time, and with
+    gradients if those are enabled.
     """
 
-    def __init__(self, lm: LMModel, max_cached: int = 10_000) -> None:
+    def __init__(
+        self, lm: LMModel, max_cached: int = 10_000, new_word: placeholder.NewWord | None = None
+    ) -> None:
         self.conditioner = text_conditioner(lm)
-        self._hidden = functools.lru_cache(max_cached)(self._encode)
+        self.new_word = new_word
+        self._cached = functools.lru_cache(max_cached)(torch.no_grad()(self._encode))
 
-    @torch.no_grad()
+    def _hidden(self, caption: str) -> torch.Tensor:
+        if self.new_word and placeholder.has(self.new_word.word, caption):
+            return self._encode(caption)
+        return self._cached(caption)
+
     def _encode(self, caption: str) -> torch.Tensor:  # [L, width of T5], on the CPU
         conditioner = self.conditioner
         inputs = conditioner.t5_tokenizer(
@@ -449,7 +460,12 @@ class TextEncoder:
         length = max(1, *(len(h) for h in hidden))
         padded = torch.stack([F.pad(h, (0, 0, 0, length - len(h))) for h in hidden])
         mask = torch.tensor([[float(i < len(h)) for i in range(length)] for h in hidden])
-        return to_device(padded, device), to_device(mask, device)
+        text = to_device(padded, device)
+        if (
+            self.new_word and torch.is_grad_enabled()
+        ):  # DDP waits for a gradient, if no caption has it
+            text = text + 0 * self.new_word.vector.sum()
+        return text, to_device(mask, device)
 
 
 class TokenLoss(nn.Module):

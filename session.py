@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ import checkpoint
 import dataset
 import lora
 import musicgen
+import placeholder
 from config import Config
 from dataset import Clips, Track
 from ema import EMA
@@ -56,6 +57,7 @@ class Session:
     accelerator: Accelerator
     model: MusicGen
     adapter: "PeftModel | None"  # model.lm with LoRA
+    new_word: placeholder.NewWord | None  # with --placeholder
     text_encoder: TextEncoder
     module: nn.Module
     trained: dict[str, nn.Parameter]
@@ -99,6 +101,11 @@ class Session:
         return Path(self.config.output_dir)
 
     @property
+    def final(self) -> Path:
+        """The file that a finished run leaves."""
+        return self.output / (checkpoint.EMBEDDING if self.new_word else checkpoint.FINAL)
+
+    @property
     def total(self) -> int:
         return self.plan.total_steps
 
@@ -134,7 +141,7 @@ class Session:
         scaler = self.accelerator.scaler
         state = {
             "step": self.step,
-            "is_finished": is_finished,  # lm_final.pt is of this step
+            "is_finished": is_finished,  # the final file is of this step
             "config": self.config.model_dump(),
             "clips_per_step": self.plan.clips_per_step,
             "tracks": checkpoint.fingerprint(self.clips.tracks),
@@ -146,8 +153,15 @@ class Session:
         }
         checkpoint.save(self.output / checkpoint.RESUME, state)
 
-    def save_lm(self, path: Path) -> None:
-        """Write the language model's weights, an adapter merged into those that it was put on."""
+    def save_weights(self, path: Path) -> None:
+        """Write the language model's weights, an adapter merged into those that it was put on.
+
+        With --placeholder they are as they were: then only the word's vector.
+        """
+        if self.new_word:
+            model_id = musicgen.portable_id(self.config.model_id)
+            placeholder.save(path, self.new_word, self.config.save_dtype, model_id)
+            return
         if self.adapter:
             state = musicgen.read_lm_state(self.config.model_id)
             lora.merge(state, lora.parts(self.adapter))
@@ -156,7 +170,7 @@ class Session:
         checkpoint.save(path, checkpoint.portable(state, self.config.save_dtype))
 
     def save_final(self) -> None:
-        self.save_lm(self.output / checkpoint.FINAL)
+        self.save_weights(self.final)
         if self.adapter:
             lora.save(self.adapter, self.output / checkpoint.LORA)
 
@@ -213,7 +227,13 @@ def start(config: Config) -> Session:
     melodies = _melodies(config, model, tracks + held_out, accelerator)
     adapter = set_up_training(config, lm)
     trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
-    module, optimizer = accelerator.prepare(TokenLoss(lm), _make_optimizer(config, trained))
+    loss_module = TokenLoss(lm)
+    new_word = _make_word(config, model) if config.placeholder else None
+    if new_word:
+        trained["placeholder"] = new_word.vector
+        # Its gradient comes with the text, from outside; DDP sums those of its own parameters.
+        loss_module.register_parameter("placeholder", new_word.vector)
+    module, optimizer = accelerator.prepare(loss_module, _make_optimizer(config, trained))
     frames = crop_frames(config, model.max_duration, model.frame_rate, tracks)
     plan = make_plan(config, len(tracks), accelerator.num_processes)
     total = plan.total_steps
@@ -222,7 +242,8 @@ def start(config: Config) -> Session:
         accelerator=accelerator,
         model=model,
         adapter=adapter,
-        text_encoder=TextEncoder(lm),
+        new_word=new_word,
+        text_encoder=TextEncoder(lm, new_word=new_word),
         module=module,
         trained=trained,
         optimizer=optimizer,
@@ -303,12 +324,20 @@ def _start_accelerator(config: Config) -> tuple[Accelerator, str, str]:
 
 def scan(config: Config) -> tuple[list[Track], list[Track]]:
     """What is trained on, and what is held out. Errors: UserError that names what is unusable."""
-    tracks = dataset.scan(config.dataset_path, with_captions=not config.no_label)
+    tracks = _scan(config, config.dataset_path)
     if config.valid_path:
-        return tracks, dataset.scan(config.valid_path, with_captions=not config.no_label)
+        return tracks, _scan(config, config.valid_path)
     if config.valid_split:
         return dataset.split(tracks, config.valid_split, config.seed)
     return tracks, []
+
+
+def _scan(config: Config, folder: str) -> list[Track]:
+    tracks = dataset.scan(folder, with_captions=not config.no_label)
+    if not config.placeholder:
+        return tracks
+    word = config.placeholder
+    return [replace(t, caption=placeholder.put_in_front(word, t.caption)) for t in tracks]
 
 
 def layers_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
@@ -316,7 +345,7 @@ def layers_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
 
     What is frozen gives the same in the format that autocast would bring it to, in half the room.
     """
-    return dtype if config.lora_rank else torch.float32
+    return dtype if config.lora_rank or config.placeholder else torch.float32
 
 
 def make_plan(config: Config, files: int, processes: int) -> Plan:
@@ -337,6 +366,8 @@ def set_up_training(config: Config, lm: Any) -> "PeftModel | None":
         lm.transformer.checkpointing = "torch"
     lm.requires_grad_(not config.tune_text)
     lm.condition_provider.requires_grad_(True)
+    if config.placeholder:
+        lm.requires_grad_(False)  # the word is in the text encoder
     if not config.lora_rank:
         return None
     torch.manual_seed(config.seed)
@@ -348,6 +379,15 @@ def set_up_training(config: Config, lm: Any) -> "PeftModel | None":
         rslora=config.lora_rslora,
         ends=config.lora_embeddings,
         base=musicgen.portable_id(config.model_id),
+    )
+
+
+def _make_word(config: Config, model: MusicGen) -> placeholder.NewWord:
+    conditioner = musicgen.text_conditioner(model.lm)
+    vector = placeholder.mean_vector(conditioner, config.placeholder_init)
+    assert config.placeholder
+    return placeholder.add(
+        conditioner, config.placeholder, vector, f"--placeholder={config.placeholder}"
     )
 
 
@@ -440,6 +480,8 @@ def _space_needed(session: Session) -> int:
     weights = sum(p.numel() for p in session.trained.values())
     resume = 4 * weights * (1 + bool(session.ema)) + moments_bytes(config, weights)
     lm = sum(t.numel() for t in session.model.lm.state_dict().values())
+    if session.new_word:
+        lm = weights
     lm *= 4 if config.save_dtype == "fp32" else 2
     if not config.save_step:
         return lm + resume
@@ -474,6 +516,13 @@ def _facts(session: Session, precision: str) -> dict[str, str]:
         adapters = f" as LoRA of rank {config.lora_rank}"
         if "lr" not in config.model_fields_set:
             adapters += f"; --lr={config.lr:g} is for all weights, LoRA usually takes 1e-4"
+    learning = f"{trained / 1e6:.1f} M trained{adapters}"
+    if session.new_word:
+        captions += f"; {session.new_word.word} goes in front of those without it"
+        learning = f"{trained} numbers trained, the vector of {session.new_word.word}"
+        if "lr" not in config.model_fields_set:
+            learning += f"; --lr={config.lr:g} is for all weights, this usually takes "
+            learning += f"{session.new_word.usual_lr():.0e}"
     facts = {
         "data": f"{len(tracks)} files, {format_seconds(_seconds(tracks))} of audio, {lengths}",
         "held out": f"{len(held_out)} files, {format_seconds(_seconds(held_out))}, every "
@@ -481,8 +530,7 @@ def _facts(session: Session, precision: str) -> dict[str, str]:
         if held_out
         else "none (see --valid_split)",
         "captions": captions,
-        "model": f"{config.model_id}, {everything / 1e6:.1f} M parameters, "
-        f"{trained / 1e6:.1f} M trained{adapters}",
+        "model": f"{config.model_id}, {everything / 1e6:.1f} M parameters, {learning}",
         "device": f"{session.accelerator.device}, {session.accelerator.num_processes} process(es)",
         "precision": precision,
         "batch": f"{plan.clips_per_step} clips a step: {config.batch_size} x {config.grad_acc} "

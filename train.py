@@ -84,7 +84,7 @@ def train(config: Config) -> None:
             if run.report:
                 run.report.close(failed=failed)
     if run.report:
-        print(f"done: {run.output / checkpoint.FINAL}")
+        print(f"done: {run.final}")
     run.accelerator.end_training()
 
 
@@ -201,7 +201,7 @@ def _do_what_is_due(run: Session, stop: StopSignals) -> None:
                 for path, prompt in write_samples(run, stop.check):
                     run.report.log_sample(step, path, prompt)
             if saves:
-                run.save_lm(checkpoint.checkpoint_path(run.output, step))
+                run.save_weights(checkpoint.checkpoint_path(run.final, step))
                 checkpoint.prune(run.output, config.keep_checkpoints)
             if run.report and last:
                 run.save_final()

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
 
 import evaluate
 import musicgen
+import placeholder
 import session
 import train
 from dataset import Batch
@@ -73,6 +74,16 @@ def test_captions_wait_on_the_cpu_and_are_handed_out_on_the_gpu(model):
     text, mask = encoder(["", "a slow piano", "drums"], CUDA)
     assert text.device == mask.device == CUDA
     assert encoder._hidden("drums").device.type == "cpu"
+
+
+def test_a_new_word_is_read_on_the_gpu_with_its_gradient(model):
+    conditioner = musicgen.text_conditioner(model.lm)
+    vector = placeholder.mean_vector(conditioner, "slow piano")
+    new_word = placeholder.add(conditioner, "<my-style>", vector, "--placeholder")
+    encoder = TextEncoder(model.lm, new_word=new_word)
+    text, mask = encoder(["", "<my-style> piano", "drums"], CUDA)
+    assert new_word.vector.device == text.device == mask.device == CUDA
+    assert text.requires_grad
 
 
 @pytest.mark.parametrize("grad_checkpointing", ["none", "torch"])

@@ -46,6 +46,12 @@ def test_each_flag_lowers_the_part_that_it_is_for(tmp_path):
     assert adapted.weights < 0.7 * base.weights
     assert need(tmp_path, batch_size=4).activations > 1.5 * base.activations
     assert need(tmp_path, tune_text=True).trained == 64 * 192 + 192  # T5's width to the model's
+    word = need(tmp_path, placeholder="<my-style>")
+    assert word.trained == 64
+    assert word.gradients == 4 * 64
+    assert word.weights < 0.7 * base.weights
+    assert word.parameters == base.parameters
+    assert 0.2 * base.activations < word.activations < 0.7 * base.activations
 
 
 def test_dry_run_of_a_published_model_needs_no_weights(cli, make_pairs, tmp_path):

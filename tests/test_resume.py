@@ -345,6 +345,8 @@ OTHER: dict[str, Any] = {
     "lora_dropout": 0.1,
     "lora_rslora": True,
     "lora_embeddings": True,
+    "placeholder": "<my-style>",
+    "placeholder_init": "piano",
 }
 
 
@@ -362,6 +364,8 @@ def test_resuming_with_other_flags_is_refused_by_name(stopped, world, mono_folde
             del flags["cfg_p"]  # would do nothing, which is another error
         if name.startswith("lora_"):
             flags.setdefault("lora_rank", 4)
+        if name == "placeholder_init":
+            flags["placeholder"] = "<my-style>"
         AcceleratorState._reset_state(reset_partial_state=True)
         with pytest.raises(UserError, match=re.escape(f"--{name}={value}, was ")):
             train(tiny_config(world.model, world.data, stopped, **{"resume": True, **flags}))
