@@ -461,9 +461,8 @@ class TextEncoder:
         padded = torch.stack([F.pad(h, (0, 0, 0, length - len(h))) for h in hidden])
         mask = torch.tensor([[float(i < len(h)) for i in range(length)] for h in hidden])
         text = to_device(padded, device)
-        if (
-            self.new_word and torch.is_grad_enabled()
-        ):  # DDP waits for a gradient, if no caption has it
+        if self.new_word and torch.is_grad_enabled():
+            # If no caption has it: a gradient of zero, which DDP waits for.
             text = text + 0 * self.new_word.vector.sum()
         return text, to_device(mask, device)
 
