@@ -74,15 +74,19 @@ def write_samples(session: Session, on_frame: Callable[[], None]) -> Iterator[tu
     `on_frame` is called between frames, and may raise to stop.
     """
     config, model = session.config, session.model
-    for number, prompt in enumerate(session.prompts, start=1):
-        wav = sampling.generate(
-            model,
-            prompt,
-            duration_sec=config.sample_duration,
-            overlap_sec=sampling.default_overlap_sec(model),
-            seed=config.seed,
-            on_frame=on_frame,
-        )
-        path = session.output / checkpoint.SAMPLES / f"step_{session.step:06d}_{number}.wav"
-        sampling.write_wav(path, wav[0], model.sample_rate)
-        yield path, prompt
+    decoder = musicgen.decoder(model).to(model.device)
+    try:
+        for number, prompt in enumerate(session.prompts, start=1):
+            wav = sampling.generate(
+                model,
+                prompt,
+                duration_sec=config.sample_duration,
+                overlap_sec=sampling.default_overlap_sec(model),
+                seed=config.seed,
+                on_frame=on_frame,
+            )
+            path = session.output / checkpoint.SAMPLES / f"step_{session.step:06d}_{number}.wav"
+            sampling.write_wav(path, wav[0], model.sample_rate)
+            yield path, prompt
+    finally:
+        decoder.to("cpu")

@@ -174,13 +174,13 @@ def _thriftier(config: Config) -> Iterator[tuple[str, Config]]:
     if not config.grad_checkpointing:
         config = config.model_copy(update={"grad_checkpointing": True})
         yield "--grad_checkpointing=1", config
-    if config.optimizer == "adamw" and not config.placeholder:
-        config = config.model_copy(update={"optimizer": "adamw_8bit"})
-        yield "--optimizer=adamw_8bit", config
     if config.batch_size > 1:
         grad_acc = config.batch_size * config.grad_acc
         config = config.model_copy(update={"batch_size": 1, "grad_acc": grad_acc})
         yield f"--batch_size=1 --grad_acc={grad_acc}", config
+    if config.optimizer == "adamw" and not config.placeholder:
+        config = config.model_copy(update={"optimizer": "adamw_8bit"})
+        yield "--optimizer=adamw_8bit", config
     if not (config.lora_rank or config.tune_text or config.placeholder):
         config = config.model_copy(update={"lora_rank": 16})
         yield "--lora_rank=16 --lr=1e-4", config
@@ -283,7 +283,7 @@ def build_lm(config: Config, model: Model, layers: int, dtype: torch.dtype) -> L
 @functools.lru_cache
 @torch.no_grad()
 def _codec(cfg: str, batch_size: int, frames: int) -> tuple[int, int]:
-    """Bytes of EnCodec, and those that a batch takes on its way through its encoder.
+    """Bytes of EnCodec's encoder, and those that a batch takes on its way through it.
 
     Of stereo clips the channels are encoded one after the other.
     """
@@ -292,7 +292,7 @@ def _codec(cfg: str, batch_size: int, frames: int) -> tuple[int, int]:
         warnings.simplefilter("ignore")
         codec = builders.get_compression_model(here)
     encoder: Any = codec.encoder
-    weights = _bytes(codec.parameters())
+    weights = _bytes(encoder.parameters())
     samples = frames * round(codec.sample_rate / codec.frame_rate)
     with FakeTensorMode():
         make_fake(encoder, CPU)

@@ -418,6 +418,14 @@ def encode_audio(model: MusicGen, wav: torch.Tensor) -> torch.Tensor:
     return torch.cat([codes for codes, _ in encoded])
 
 
+def decoder(model: MusicGen) -> nn.Module:
+    """The half of EnCodec that makes sound, which training does not use."""
+    codec: Any = model.compression_model
+    while not hasattr(codec, "decoder"):  # around it: for stereo, for Hugging Face's
+        codec = codec.model
+    return codec.decoder
+
+
 class TextEncoder:
     """Captions -> T5's hidden states, computed once per distinct caption, in float32.
 

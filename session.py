@@ -162,11 +162,13 @@ class Session:
             model_id = musicgen.portable_id(self.config.model_id)
             placeholder.save(path, self.new_word, self.config.save_dtype, model_id)
             return
-        if self.adapter:
+        state = self.model.lm.state_dict()
+        if layers_are_frozen(self.config):  # they are in another number format than on disk
             state = musicgen.read_lm_state(self.config.model_id)
+        if self.adapter:
             lora.merge(state, lora.parts(self.adapter))
-        else:
-            state = self.model.lm.state_dict()
+        elif self.config.tune_text:
+            state |= self.trained
         checkpoint.save(path, checkpoint.portable(state, self.config.save_dtype))
 
     def save_final(self) -> None:
@@ -224,6 +226,7 @@ def start(config: Config) -> Session:
         layers_dtype=layers_dtype(config, checkpoint.DTYPES[precision]),
     )
     lm = model.lm
+    musicgen.decoder(model).to("cpu")  # only samples need it, see write_samples
     melodies = _melodies(config, model, tracks + held_out, accelerator)
     adapter = set_up_training(config, lm)
     trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
@@ -345,7 +348,11 @@ def layers_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
 
     What is frozen gives the same in the format that autocast would bring it to, in half the room.
     """
-    return dtype if config.lora_rank or config.placeholder else torch.float32
+    return dtype if layers_are_frozen(config) else torch.float32
+
+
+def layers_are_frozen(config: Config) -> bool:
+    return bool(config.lora_rank or config.placeholder or config.tune_text)
 
 
 def make_plan(config: Config, files: int, processes: int) -> Plan:

@@ -24,9 +24,9 @@ from report import read_rows
 
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},
-    "LoRA 4": {"lora_rank": 4, "lr": 1e-2},
-    "LoRA 16": {"lora_rank": 16, "lr": 5e-3},
+    "LoRA 16": {"lora_rank": 16, "lr": 1e-2},
     "LoRA 64": {"lora_rank": 64, "lr": 5e-3},
+    "LoRA 16, ends too": {"lora_rank": 16, "lr": 1e-2, "lora_embeddings": 1},
 }
 
 

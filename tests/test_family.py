@@ -90,6 +90,16 @@ def test_a_member_of_the_family_trains_and_generates(name, lora_rank, folders, t
     assert not stereo or not np.array_equal(audio[:, 0], audio[:, 1])
 
 
+@pytest.mark.parametrize("name", FAMILY)
+def test_only_sound_needs_the_decoder(name, folders):
+    """Training keeps it off the GPU: here on the meta device, where it can't compute."""
+    model = musicgen.load(str(folders[name]), CPU)
+    musicgen.decoder(model).to("meta")
+    codes = musicgen.encode_audio(model, torch.randn(1, model.audio_channels, model.sample_rate))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        model.compression_model.decode(codes).sum().item()
+
+
 @pytest.mark.parametrize("name", list(published.SHORT_NAMES))
 def test_the_published_sizes_are_known(name):
     """24 layers of width 1024 and so on; melody is a medium."""

@@ -45,7 +45,9 @@ def test_each_flag_lowers_the_part_that_it_is_for(tmp_path):
     assert adapted.trained < 0.1 * base.trained
     assert adapted.weights < 0.7 * base.weights
     assert need(tmp_path, batch_size=4).activations > 1.5 * base.activations
-    assert need(tmp_path, tune_text=True).trained == 64 * 192 + 192  # T5's width to the model's
+    text = need(tmp_path, tune_text=True)
+    assert text.trained == 64 * 192 + 192  # T5's width to the model's
+    assert text.weights < 0.7 * base.weights
     word = need(tmp_path, placeholder="<my-style>")
     assert word.trained == 64
     assert word.gradients == 4 * 64

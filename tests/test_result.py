@@ -143,7 +143,10 @@ def test_a_full_run_trains_everything(model_folder, make_pairs, fit):
     assert changed(output, model_folder) == set(base(model_folder).lm.state_dict())
 
 
-@pytest.mark.parametrize("flags", [{}, {"use_cfg": True}, {"ema_decay": 0.5}], ids=str)
+ALONE = [{}, {"use_cfg": True}, {"ema_decay": 0.5}, {"precision": "bf16"}]
+
+
+@pytest.mark.parametrize("flags", ALONE, ids=str)
 def test_tune_text_trains_the_text_conditioning_alone(flags, model_folder, make_pairs, fit):
     output = fit(model_folder, make_pairs(), epochs=2, tune_text=True, save_step=1, **flags)
     names = {n for n in base(model_folder).lm.state_dict() if n.startswith("condition_provider.")}
