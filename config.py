@@ -397,3 +397,22 @@ class MergeConfig(Flags):
     def _fit_together(self) -> "MergeConfig":
         _one_scale_each(self.lora, self.lora_scale)
         return self
+
+
+class CheckConfig(Flags):
+    """What training would see of a dataset, and what is wrong with it; exit code 1 if it is.
+
+    Example: python prepare.py check my_music --fix=my_music_usable
+    """
+
+    folder: Folder = Field(description="folder to look at, as --dataset_path of run.py")
+    fix: AnyPath | None = Field(
+        None,
+        description="new folder to copy what is usable to: not broken, not silent, no duplicates; "
+        "None = off",
+    )
+    no_label: bool = Field(False, description="as for run.py: captions are not needed")
+    duration: float = Field(30.0, ge=1, description="as for run.py: seconds of a crop")
+    batch_size: int = Field(4, ge=1, description="as for run.py: clips in a batch")
+    grad_acc: int = Field(2, ge=1, description="as for run.py: batches for one optimizer step")
+    picture: AnyPath = Field("check.png", description="where the picture goes")

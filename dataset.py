@@ -90,6 +90,20 @@ def scan(folder: str, *, with_captions: bool = True) -> list[Track]:
 
     Errors: a UserError that names every file which can't be used, and why.
     """
+    tracks, problems = find(folder, with_captions=with_captions)
+    if problems:
+        raise UserError(
+            f"{folder}: {len(problems)} of {len(tracks) + len(problems)} .wav files can't be "
+            f"trained on; mend them or move them out of the folder:\n{first_lines(problems)}"
+        )
+    return tracks
+
+
+def find(folder: str, *, with_captions: bool = True) -> tuple[list[Track], list[str]]:
+    """The pairs that can be used, and for each that can't its name and why.
+
+    Errors: UserError if there is none of either.
+    """
     root = Path(folder)
     paths = sorted(
         path
@@ -112,12 +126,7 @@ def scan(folder: str, *, with_captions: bool = True) -> list[Track]:
             problems.append(f"{name}: {error}")
         else:
             tracks.append(Track(path, name, caption, sample_rate, frames))
-    if problems:
-        raise UserError(
-            f"{folder}: {len(problems)} of {len(paths)} .wav files can't be trained on; mend them "
-            f"or move them out of the folder:\n{first_lines(problems)}"
-        )
-    return tracks
+    return tracks, problems
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -55,11 +55,14 @@ def build(cls: type[FlagsT], values: dict[str, Any], words: tuple[str, ...] = ()
     return flags
 
 
-def parse(cls: type[FlagsT], aliases: dict[str, str] | None = None) -> FlagsT:
+def parse(
+    cls: type[FlagsT], aliases: dict[str, str] | None = None, positional: tuple[str, ...] = ()
+) -> FlagsT:
     """Read this process's command line with google-fire; exits after `--help`.
 
     Fire hands over every word as it was typed (a folder called 2024 stays a string), and
-    pydantic then checks types and ranges of all flags at once.
+    pydantic then checks types and ranges of all flags at once. The flags in `positional` may also
+    be given without their names, in that order.
     """
     wants_help = bool({"--help", "-h"} & set(sys.argv[1:]))
     fields = cls.model_fields
@@ -79,7 +82,8 @@ def parse(cls: type[FlagsT], aliases: dict[str, str] | None = None) -> FlagsT:
 
     def command(*words: str, **values: str) -> None:
         nonlocal stray
-        stray = words
+        stray = words[len(positional) :]
+        given.update(zip(positional, words, strict=False))
         given.update({name: value for name, value in values.items() if value is not None})
         for alias, name in (aliases or {}).items():
             if alias in given and name not in given:  # both: `alias` is told as no flag

@@ -5,9 +5,9 @@ import re
 import pytest
 from conftest import ROOT
 
-from config import Config, Flags, GenerateConfig, MergeConfig
+from config import CheckConfig, Config, Flags, GenerateConfig, MergeConfig
 
-COMMANDS = [Config, GenerateConfig, MergeConfig]
+COMMANDS = [Config, GenerateConfig, MergeConfig, CheckConfig]
 
 
 def row(name: str, flags: type[Flags]) -> str:

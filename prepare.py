@@ -1,0 +1,254 @@
+"""Look at a dataset before training on it: `python prepare.py check my_music`."""
+
+import hashlib
+import math
+import os
+import shutil
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from tqdm import tqdm
+
+import checkpoint
+import dataset
+from config import CheckConfig
+from dataset import Track
+from flags import UserError, first_lines, parse, plain_errors
+from report import format_seconds
+
+USAGE = """usage: python prepare.py check FOLDER [--flag=value ...]
+
+  check    what training would see, and what is wrong with it
+
+python prepare.py check --help lists the flags."""
+BLOCK_SEC = 30
+SILENT_DB, CLIPPED = -60.0, 0.999  # of full scale; the peak of a block is silent or clips
+QUIET_DB = -40.0
+MAKER = {"Software": "MusicGen Trainer"}  # in the picture, to know it again
+
+
+class Sound(NamedTuple):
+    """What a recording sounds like: levels in dB of full scale, shares of its seconds."""
+
+    level_db: float  # RMS
+    clipped: float
+    silent: float
+    digest: str  # of the decoded samples: the same in two files is the same recording
+
+
+def main() -> None:
+    with plain_errors("Close other programs: the pictures and the sound of one block are small."):
+        if sys.argv[1:2] != ["check"]:
+            print(USAGE)
+            sys.exit(0 if {"--help", "-h"} & set(sys.argv[1:]) else 2)
+        del sys.argv[1]
+        if not check(parse(CheckConfig, positional=("folder",))):
+            sys.exit(1)
+
+
+def check(config: CheckConfig) -> bool:
+    """Print what training would see; whether it would start.
+
+    Errors: UserError if there is nothing to look at, or --fix can't be written.
+    """
+    root = Path(config.folder)
+    target = Path(config.fix) if config.fix else None
+    if target and (
+        target.resolve() == root.resolve() or root.resolve() in target.resolve().parents
+    ):
+        raise UserError(f"--fix={target}: is in the folder that is looked at; name one outside")
+    if target and target.exists() and any(target.iterdir()):
+        raise UserError(f"--fix={target}: holds files already; name a new folder")
+    _check_picture(Path(config.picture))
+
+    tracks, problems = dataset.find(config.folder, with_captions=not config.no_label)
+    sounds: dict[str, Sound] = {}
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        heard = tqdm(
+            pool.map(_listen_or_say, tracks), total=len(tracks), unit="file", desc="listening"
+        )
+        for track, result in zip(tracks, heard, strict=True):
+            if isinstance(result, str):
+                problems.append(f"{track.name}: {result}")
+            else:
+                sounds[track.name] = result
+    tracks = [track for track in tracks if track.name in sounds]
+
+    copies = _copies(tracks, sounds)
+    silent = [track.name for track in tracks if sounds[track.name].silent == 1]
+    print("\n".join(_facts(config, tracks)))
+    warnings = {
+        "can't be trained on": problems,
+        "are silent from start to end": silent,
+        "are the same recording as another": [f"{b}: as {a}" for b, a in copies.items()],
+        "clip (distort at full scale) in more than a tenth of their length": [
+            f"{name}: {sound.clipped:.0%}" for name, sound in sounds.items() if sound.clipped > 0.1
+        ],
+        f"are quieter than {QUIET_DB:g} dB": [
+            f"{name}: {sound.level_db:.0f} dB"
+            for name, sound in sounds.items()
+            if sound.level_db < QUIET_DB and sound.silent < 1
+        ],
+        "are silent for more than a third of their length": [
+            f"{name}: {sound.silent:.0%}"
+            for name, sound in sounds.items()
+            if 1 / 3 < sound.silent < 1
+        ],
+        "have the caption of another recording": _shared_captions(tracks),
+    }
+    for what, names in warnings.items():
+        if names:
+            print(f"\n{len(names)} {what}:\n{first_lines(names)}")
+    if tracks:
+        draw(tracks, list(sounds.values()), Path(config.picture))
+        print(f"\npicture    {config.picture}")
+    usable = [track for track in tracks if track.name not in {*silent, *copies}]
+    if target:
+        _copy(usable, target, with_captions=not config.no_label)
+        print(f"fixed      {len(usable)} recordings copied to {target}")
+    is_good = bool(tracks) and not problems
+    print(
+        "\nTraining would start."
+        if is_good
+        else "\nTraining would not start: mend these files, or move them out"
+        + ("." if target else ", or let --fix=NEW_FOLDER copy what is usable.")
+    )
+    return is_good
+
+
+def _listen_or_say(track: Track) -> Sound | str:
+    """What a recording sounds like, or why it can't be read (an exception loses its text)."""
+    try:
+        return listen(track)
+    except ValueError as error:
+        return str(error)
+
+
+def listen(track: Track) -> Sound:
+    """Decode a whole recording, in blocks. Errors: ValueError why it can't be read."""
+    digest = hashlib.blake2b(digest_size=16)
+    energy, samples, clipped, silent, seconds = 0.0, 0, 0, 0, 0
+    for block in _blocks(track):  # [C, samples]
+        digest.update(block.tobytes())
+        energy += float(np.square(block, dtype=np.float64).sum())
+        samples += block.size
+        for second in np.array_split(block, max(1, block.shape[1] // track.sample_rate), axis=1):
+            peak = float(np.abs(second).max())
+            clipped += bool((np.abs(second) >= CLIPPED).sum() > 2)
+            silent += _db(peak) < SILENT_DB
+            seconds += 1
+    level = _db(math.sqrt(energy / samples))
+    return Sound(level, clipped / seconds, silent / seconds, digest.hexdigest())
+
+
+def _blocks(track: Track) -> Iterator[np.ndarray]:
+    for start in range(0, track.frames, BLOCK_SEC * track.sample_rate):
+        frames = min(BLOCK_SEC * track.sample_rate, track.frames - start)
+        yield dataset.read_crop(track.path, start, frames, track.sample_rate, channels=2)
+
+
+def _db(amplitude: float) -> float:
+    return 20 * math.log10(max(amplitude, 1e-10))
+
+
+def _copies(tracks: list[Track], sounds: dict[str, Sound]) -> dict[str, str]:
+    """Recordings that sound exactly like one before them, and that one."""
+    first: dict[str, str] = {}
+    copies = {}
+    for track in tracks:
+        original = first.setdefault(sounds[track.name].digest, track.name)
+        if original != track.name:
+            copies[track.name] = original
+    return copies
+
+
+def _shared_captions(tracks: list[Track]) -> list[str]:
+    names = defaultdict(list)
+    for track in tracks:
+        names[track.caption].append(track.name)
+    shared = {caption: who for caption, who in names.items() if caption and len(who) > 1}
+    return [f"{name}: {caption}" for caption, who in shared.items() for name in who[1:]]
+
+
+def _facts(config: CheckConfig, tracks: list[Track]) -> list[str]:
+    if not tracks:
+        return ["data       nothing that can be trained on"]
+    seconds = [track.duration_sec for track in tracks]
+    total, middle = format_seconds(sum(seconds)), format_seconds(float(np.median(seconds)))
+    short = sum(length < config.duration for length in seconds)
+    words = [len(track.caption.split()) for track in tracks]
+    steps = -(-len(tracks) // (config.batch_size * config.grad_acc))
+    return [
+        f"data       {len(tracks)} recordings, {total} in all",
+        f"length     {format_seconds(min(seconds))} to {format_seconds(max(seconds))}, median "
+        f"{middle}; {short} shorter than {config.duration:g} s, which are padded",
+        f"rate       {_counted(f'{track.sample_rate} Hz' for track in tracks)}",
+        "captions   none, as no_label=1"
+        if config.no_label
+        else f"captions   {min(words)} to {max(words)} words, median {np.median(words):g}; "
+        f"{len({track.caption for track in tracks})} different ones",
+        f"steps      {steps} an epoch at --batch_size={config.batch_size} "
+        f"--grad_acc={config.grad_acc}",
+    ]
+
+
+def _counted(values: Iterable[str]) -> str:
+    return ", ".join(f"{value} ({count})" for value, count in Counter(values).most_common())
+
+
+def draw(tracks: list[Track], sounds: list[Sound], path: Path) -> None:
+    """Histograms of lengths, levels and captions' lengths, as a png."""
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    left.hist([track.duration_sec for track in tracks], bins=30)
+    left.set_xlabel("length (s)")
+    levels = [max(sound.level_db, -80) for sound in sounds]
+    middle.hist(levels, bins=list(range(-80, 1, 2)), color="tab:green")
+    middle.set_xlabel("level (dB of full scale, RMS)")
+    right.hist([len(track.caption.split()) for track in tracks], bins=30, color="tab:orange")
+    right.set_xlabel("words in the caption")
+    for axes in (left, middle, right):
+        axes.set_ylabel("recordings")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    checkpoint.write(path, lambda file: figure.savefig(file, format="png", metadata=MAKER))
+
+
+def _check_picture(path: Path) -> None:
+    """Errors: UserError if another file than a picture of ours has that name."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.exists():
+        return checkpoint.check_writable(path.resolve().parent, "--picture")
+    try:
+        with Image.open(path) as picture:
+            ours = picture.info.get("Software") == MAKER["Software"]
+    except (OSError, UnidentifiedImageError):
+        ours = False
+    if not ours:
+        raise UserError(f"--picture={path}: another file has this name; give another")
+    return None
+
+
+def _copy(tracks: list[Track], target: Path, *, with_captions: bool) -> None:
+    """Recordings and their captions as .txt, in the folders that they were in."""
+    checkpoint.check_writable(target, "--fix")
+    for track in tracks:
+        to = target / track.name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with track.path.open("rb") as source:
+            checkpoint.write(to, partial(shutil.copyfileobj, source))
+        if with_captions:
+            checkpoint.write_bytes(to.with_suffix(".txt"), f"{track.caption}\n".encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""`prepare.py check` says what training would see, and copies what is usable; nothing else."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+from conftest import tone, write_pairs
+from PIL import Image
+
+import dataset
+import prepare
+import run
+from flags import UserError
+
+
+@pytest.fixture
+def look(cli, tmp_path):
+    def call(folder: Path, *words: str, **flags: object):
+        picture = flags.pop("picture", tmp_path / "check.png")
+        return cli(prepare, "check", str(folder), *words, picture=picture, **flags)
+
+    return call
+
+
+def everything(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def spoil(folder: Path) -> None:
+    """Files of every kind of trouble, beside the good clip0 and sub/clip1."""
+    (folder / "sub").mkdir()
+    for suffix in (".wav", ".txt"):
+        (folder / f"clip1{suffix}").rename(folder / "sub" / f"clip1{suffix}")
+
+    def add(name: str, wav: np.ndarray | None, caption: str | None = "other words") -> None:
+        if wav is not None:
+            sf.write(folder / f"{name}.wav", wav, 32_000)
+        if caption is not None:
+            (folder / f"{name}.txt").write_text(caption)
+
+    add("broken", None)
+    (folder / "broken.wav").write_bytes(b"RIFF nothing")
+    add("cut", tone(1, 3.0), "cut short")
+    whole = (folder / "cut.wav").read_bytes()
+    (folder / "cut.wav").write_bytes(whole[: len(whole) // 2])
+    add("uncaptioned", tone(2, 1.0), caption=None)
+    add("silent", np.zeros(32_000), "silence")
+    add("clipping", np.clip(20 * tone(3, 2.0), -1, 1), "too loud")
+    add("faint", 1e-2 * tone(4, 2.0), "too soft")
+    add("half", np.concatenate([tone(5, 2.0), np.zeros((64_000, 1))]), "half silent")
+    shutil.copy(folder / "clip0.wav", folder / "twin.wav")
+    shutil.copy(folder / "clip0.txt", folder / "twin.txt")
+
+
+def test_a_good_dataset_is_told_in_numbers(look, tmp_path):
+    data = write_pairs(tmp_path / "data", seconds=(3.0, 2.0, 61.0))
+    before = everything(data)
+    result = look(data, batch_size=1, grad_acc=2)
+    assert result.code == 0, result.err
+    assert "3 recordings, 1:06 in all" in result.out
+    assert "2 shorter than 30 s" in result.out
+    assert "32000 Hz (3)" in result.out
+    assert "2 an epoch" in result.out
+    assert "Training would start" in result.out
+    assert Image.open(tmp_path / "check.png").size[0] > 500
+    assert everything(data) == before
+
+
+def test_every_trouble_is_told_with_its_file_and_what_is_usable_copied(look, tmp_path):
+    data = write_pairs(tmp_path / "data", seconds=(1.5, 2.0))
+    spoil(data)
+    before = everything(data)
+    fixed = tmp_path / "fixed"
+    result = look(data, fix=fixed)
+    assert result.code == 1
+    assert "Training would not start" in result.out
+    told = {}  # what is wrong -> lines
+    for part in result.out.split("\n\n"):
+        title, *lines = part.splitlines()
+        told[title] = "\n".join(lines)
+
+    def names(title: str) -> str:
+        return next(lines for what, lines in told.items() if title in what)
+
+    assert all(name in names("can't be trained on") for name in ("broken", "cut", "uncaptioned"))
+    assert "truncated" in names("can't be trained on")
+    assert "silent.wav" in names("silent from start to end")
+    assert "twin.wav: as clip0.wav" in names("same recording")
+    assert "clipping.wav" in names("clip (")
+    assert "faint.wav" in names("quieter")
+    assert "half.wav: 50%" in names("more than a third")
+    assert "twin.wav: melody number 0" in names("caption of another")
+
+    assert everything(data) == before
+    usable = {"clip0.wav", "sub/clip1.wav", "clipping.wav", "faint.wav", "half.wav"}
+    kept = {track.name: track for track in dataset.scan(str(fixed))}
+    assert kept.keys() == usable
+    for name, track in kept.items():
+        assert track.path.read_bytes() == (data / name).read_bytes()
+        assert track.caption == " ".join((data / name).with_suffix(".txt").read_text().split())
+    assert look(fixed).code == 0
+
+
+def test_the_verdict_is_that_of_training(look, tmp_path, cli):
+    data = write_pairs(tmp_path / "data", seconds=(1.0, 1.5))
+    (data / "clip1.txt").unlink()
+    training = {"dataset_path": data, "output_dir": tmp_path / "out", "model_id": "demo"}
+    training |= {"max_steps": 1, "duration": 1, "device": "cpu", "num_workers": 0}
+    assert look(data).code == cli(run, **training).code == 1
+    assert look(data, no_label=1).code == cli(run, **training, no_label=1).code == 0
+
+
+def test_a_file_that_breaks_further_on_is_found(look, tmp_path):
+    """Its header is good, as training would first see it."""
+    data = write_pairs(tmp_path / "data", seconds=(3.0, 1.0))
+    sf.write(data / "clip0.flac", tone(0, 3.0), 32_000)
+    flac = bytearray((data / "clip0.flac").read_bytes())
+    flac[len(flac) // 2 : len(flac) // 2 + 400] = bytes(400)
+    (data / "clip0.wav").write_bytes(flac)
+    result = look(data)
+    assert result.code == 1
+    assert "clip0.wav: " in result.out
+
+
+def test_nothing_of_the_users_is_overwritten(look, tmp_path):
+    data = write_pairs(tmp_path / "data", seconds=(1.0,))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert "holds files already" in look(data, fix=tmp_path / "mine").err
+    assert "is in the folder" in look(data, fix=data / "fixed").err
+    (tmp_path / "photo.png").write_bytes(b"mine")
+    assert "another file has this name" in look(data, picture=tmp_path / "photo.png").err
+    assert (tmp_path / "photo.png").read_bytes() == b"mine"
+    assert look(data).code == look(data).code == 0  # its own picture it replaces
+
+
+def test_mistakes_are_told(look, cli, tmp_path):
+    assert cli(prepare).code == 2
+    assert cli(prepare, "--help").code == 0
+    assert cli(prepare, "chekc", ".").code == 2
+    (tmp_path / "empty").mkdir()
+    assert "no .wav files" in look(tmp_path / "empty").err
+    assert "--fxi" in look(tmp_path, fxi="x").err
+    assert "no such folder" in look(tmp_path / "nothing").err
+    with pytest.raises(UserError):
+        dataset.scan(str(tmp_path / "empty"))
