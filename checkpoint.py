@@ -32,9 +32,10 @@ GIB = 1024**3
 def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """Let `fill` write a file under a temporary name; rename it when it is whole and on disk.
 
+    Several processes may write the same file.
     Errors: UserError when the disk is full; what had that name before is still there then.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             fill(file)
@@ -147,11 +148,11 @@ def clear_samples(folder: Path) -> None:
 def remove_temporary(folder: Path) -> None:
     """What a killed run may have left half written."""
     weights = r"lm_\w+\.pt|learned_embeds\w*\.safetensors|resume\.pt"
-    names = re.compile(rf"\.({weights}|run\.json|metrics\.jsonl|training\.png)\.tmp")
+    names = re.compile(rf"\.({weights}|run\.json|metrics\.jsonl|training\.png)(\.\d+)?\.tmp")
     for path in folder.glob(".*.tmp"):
         if names.fullmatch(path.name):
             path.unlink()
-    left = ((SAMPLES, ".step_*.wav.tmp"), (LORA, ".adapter_*.tmp"))
+    left = ((SAMPLES, ".step_*.wav*.tmp"), (LORA, ".adapter_*.tmp"))
     for path in (path for name, pattern in left for path in (folder / name).glob(pattern)):
         path.unlink()
 

@@ -123,8 +123,8 @@ class Config(Flags):
     batch_size: int = Field(4, ge=1, description="clips in a batch, on each GPU")
     use_cfg: bool = Field(
         False,
-        description="drop captions at random (see cfg_p), so that classifier-free guidance "
-        "keeps working; 0 = off",
+        description="drop captions, and melodies with them, at random (see cfg_p), so that "
+        "classifier-free guidance keeps working; 0 = off",
     )
 
     # The run.

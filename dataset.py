@@ -289,7 +289,7 @@ class Clips(Dataset[Clip]):
                 wav[:, :valid] = crop[:, :valid]
             if self.melodies:
                 melody = self.melodies.none
-                if not unconditional and rng.random() >= self.drop_melody:
+                if pick.weight and not unconditional and rng.random() >= self.drop_melody:
                     melody = self.melodies.crop(track, start, frames)
         except ValueError as error:
             problem = f"{track.path}: {error}"

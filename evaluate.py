@@ -74,7 +74,7 @@ def write_samples(session: Session, on_frame: Callable[[], None]) -> Iterator[tu
     `on_frame` is called between frames, and may raise to stop.
     """
     config, model = session.config, session.model
-    decoder = musicgen.decoder(model).to(model.device)
+    musicgen.move_decoder(model, model.device)
     try:
         for number, prompt in enumerate(session.prompts, start=1):
             wav = sampling.generate(
@@ -89,4 +89,4 @@ def write_samples(session: Session, on_frame: Callable[[], None]) -> Iterator[tu
             sampling.write_wav(path, wav[0], model.sample_rate)
             yield path, prompt
     finally:
-        decoder.to("cpu")
+        musicgen.move_decoder(model, "cpu")

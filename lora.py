@@ -126,7 +126,7 @@ def merge(
 
 
 def parts(model: "PeftModel") -> "Adapter":
-    """The tensors and the LoraConfig of adapters that are in training, as `merged` takes them."""
+    """The tensors and the LoraConfig of adapters that are in training, as `merge` takes them."""
     from peft import LoraConfig, get_peft_model_state_dict
 
     config = model.peft_config["default"]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import checkpoint
 import dataset
 from dataset import Track
-from flags import UserError
+from flags import UserError, is_out_of_memory
 
 # isort: split
 from audiocraft.modules.chroma import ChromaExtractor
@@ -34,7 +34,8 @@ class MelodyConditioner(ChromaStemConditioner):
     """audiocraft's, in the form that `MusicGen.get_pretrained` brings it into for generation.
 
     The melody is repeated or cut to the model's window, `chroma_len` frames; none is the chroma of
-    silence. Unlike audiocraft's, it imports and loads demucs not before the first recording.
+    silence (audiocraft's own training has zeros instead, which generation then never gives).
+    Unlike audiocraft's, it imports and loads demucs not before the first recording.
     """
 
     def __init__(
@@ -70,21 +71,26 @@ class MelodyConditioner(ChromaStemConditioner):
                 'pip install "demucs>=4.1"; or train with --drop_melody=1, on captions alone'
             ) from None
         try:
-            return get_hf_model("htdemucs").to(self.device).eval()
+            demucs = get_hf_model("htdemucs")
         except Exception as error:  # offline, no space, no access: each a class of its own
+            if is_out_of_memory(error):
+                raise
             lines = str(error).strip().splitlines() or ["no reason given"]
             raise UserError(
                 "demucs' weights (adefossez/HTDemucs) are not in the Hugging Face cache and could "
                 f"not be downloaded ({type(error).__name__}: {lines[0]}): connect to the network "
                 "once, or train with --drop_melody=1, on captions alone"
             ) from None
+        return demucs.to(self.device).eval()
 
     @torch.no_grad()
     def _get_stemmed_wav(self, wav: torch.Tensor, sample_rate: int) -> torch.Tensor:
         """wav `[B, C, samples]` -> `[B, 1, samples]` without drums and bass.
 
-        As audiocraft's, but without demucs' random shifts: the same each time.
+        As audiocraft's, but without demucs' random shifts: the same each time; and once for each
+        distinct wav: for generation audiocraft repeats it with every variation.
         """
+        wav, places = wav.unique(dim=0, return_inverse=True)
         demucs = self.demucs
         from demucs.apply import apply_model
         from demucs.audio import convert_audio
@@ -94,7 +100,7 @@ class MelodyConditioner(ChromaStemConditioner):
             wav = convert_audio(wav, sample_rate, demucs.samplerate, demucs.audio_channels)
             stems = apply_model(demucs, wav, shifts=0, device=self.device)  # [B, stems, C, samples]
             mix = stems[:, leading].sum(1)
-            return convert_audio(mix, demucs.samplerate, self.sample_rate, 1)
+            return convert_audio(mix, demucs.samplerate, self.sample_rate, 1)[places]
 
     @torch.no_grad()
     def none(self) -> torch.Tensor:
@@ -104,12 +110,12 @@ class MelodyConditioner(ChromaStemConditioner):
 
 
 class Melodies:
-    """The melodies of recordings, for crops of them; on disk once `prepare` has been run.
+    """The melodies of tracks, for crops of them; on disk once `prepare` has been run.
 
     `none` `[F, P]` is that of no recording.
     """
 
-    def __init__(self, conditioner: MelodyConditioner) -> None:
+    def __init__(self, conditioner: MelodyConditioner, tracks: list[Track]) -> None:
         chroma = conditioner.chroma
         self.frames = conditioner.chroma_len  # F of a clip
         self.rate = conditioner.sample_rate / chroma.winhop  # frames a second
@@ -118,16 +124,21 @@ class Melodies:
             "htdemucs",
             *(conditioner.sample_rate, chroma.winlen, chroma.n_chroma, chroma.argmax),
         ]
+        self._paths = {track.path: self._path(track) for track in tracks}
 
-    def prepare(self, conditioner: MelodyConditioner, tracks: list[Track], *, quiet: bool) -> None:
-        """Find the melodies that are not in the cache yet; then let go of demucs.
+    def prepare(
+        self, conditioner: MelodyConditioner, tracks: list[Track], rank: int = 0, processes: int = 1
+    ) -> None:
+        """Find a process's share of the melodies that are not in the cache; then let go of demucs.
 
         Errors: UserError if a recording can't be read, or demucs isn't there.
         """
-        new = {path: track for track in tracks if not (path := self._path(track)).exists()}
+        own = {self._paths[track.path]: track for track in tracks}  # two names of a file are one
+        shares = list(own.items())[rank::processes]
+        new = {path: track for path, track in shares if not path.exists()}
         if new:
             checkpoint.check_writable(cache_folder(), "XDG_CACHE_HOME")
-        bar = tqdm(new.items(), desc="melodies", unit="file", disable=quiet or not new)
+        bar = tqdm(new.items(), desc="melodies", unit="file", disable=rank > 0 or not new)
         for path, track in bar:
             try:
                 pieces = list(_blocks(conditioner, track))
@@ -143,9 +154,9 @@ class Melodies:
         Errors: ValueError if it is not in the cache.
         """
         try:
-            chroma = np.load(self._path(track), mmap_mode="r")
+            chroma = np.load(self._paths[track.path], mmap_mode="r")
         except (OSError, ValueError) as error:
-            raise ValueError(f"its melody is no longer in {self._path(track)} ({error})") from None
+            raise ValueError(f"its melody can't be read from the cache ({error})") from None
         first = min(round(start * self.rate / track.sample_rate), len(chroma) - 1)
         part = chroma[first : first + 1 + int(frames * self.rate / track.sample_rate)]
         return torch.from_numpy(np.resize(part, (self.frames, part.shape[1])).astype(np.float32))

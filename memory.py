@@ -26,6 +26,7 @@ import musicgen
 from config import Config
 from musicgen import MelodyConditioner, TokenLoss, all_but_matrices_to
 from session import (
+    check_melody,
     crop_frames,
     layers_dtype,
     make_plan,
@@ -136,6 +137,7 @@ def dry_run(config: Config) -> str:
     Errors: UserError, as for a real run.
     """
     model = musicgen.configs(config.model_id)
+    check_melody(config, "self_wav" in model[0].conditioners)
     tracks, _ = scan(config)
     plan = make_plan(config, len(tracks), processes=int(os.environ.get("WORLD_SIZE", 1)))
     codec_cfg = model[1]

@@ -108,11 +108,18 @@ def load(
     Errors: UserError when it is not there, can't be downloaded, or is of another family.
     """
     folder = _find_model(model_id)
+    with warnings.catch_warnings(), _quiet_transformers(), _told_as_damage(model_id):
+        warnings.simplefilter("ignore")
+        lm = _load_lm(folder, model_id, device, dtype, layers_dtype or dtype)
+        codec = _load_codec(folder, model_id, device)
+    return _Model(model_id, codec, lm.eval())
+
+
+@contextlib.contextmanager
+def _told_as_damage(model_id: str) -> Iterator[None]:
+    """Whatever goes wrong inside with a model's files is a UserError."""
     try:
-        with warnings.catch_warnings(), _quiet_transformers():
-            warnings.simplefilter("ignore")
-            lm = _load_lm(folder, model_id, device, dtype, layers_dtype or dtype)
-            codec = _load_codec(folder, model_id, device)
+        yield
     except (*DAMAGES, KeyError, RuntimeError, OSError, ValueError) as error:
         if is_out_of_memory(error):
             raise
@@ -121,7 +128,6 @@ def load(
             f"--model_id={model_id}: is no MusicGen that can be loaded "
             f"({type(error).__name__}: {reason}); download or export it again"
         ) from error
-    return _Model(model_id, codec, lm.eval())
 
 
 class _Model(MusicGen):
@@ -295,17 +301,24 @@ def configs(model_id: str) -> tuple[DictConfig, DictConfig, T5Config]:
     Of a published model they are known, also if it is not on disk. Errors: UserError.
     """
     codec: Any = OmegaConf.create(published.CODEC_CONFIG)
-    t5 = T5Config(**published.T5_BASE)
-    if model_id in SHORT_NAMES:
-        return published.lm_config(model_id), codec, t5
+    names = {repo: name for name, repo in SHORT_NAMES.items()}
+    name = names.get(model_id, model_id)
+    if name in SHORT_NAMES:
+        return published.lm_config(name), codec, T5Config(**published.T5["t5-base"])
     folder = _find_model(model_id)
-    lm: Any = OmegaConf.create(_read_package(folder / WEIGHTS[0], model_id)["xp.cfg"])
-    _check_supported(lm, model_id)
-    package = _read_package(folder / WEIGHTS[1], model_id)
-    if "xp.cfg" in package:  # else the name of the published one
-        codec = OmegaConf.create(package["xp.cfg"])
-    if (folder / "t5" / "config.json").exists():
-        t5 = T5Config.from_pretrained(folder / "t5")
+    with _told_as_damage(model_id):
+        lm: Any = OmegaConf.create(_read_package(folder / WEIGHTS[0], model_id)["xp.cfg"])
+        _check_supported(lm, model_id)
+        package = _read_package(folder / WEIGHTS[1], model_id)
+        if "xp.cfg" in package:  # else the name of the published one
+            codec = OmegaConf.create(package["xp.cfg"])
+        t5_name = lm.conditioners[text_name(lm)].t5.name
+        if (folder / "t5" / "config.json").exists():
+            t5 = T5Config.from_pretrained(folder / "t5")
+        elif t5_name in published.T5:
+            t5 = T5Config(**published.T5[t5_name])
+        else:
+            t5 = T5Config.from_pretrained(_hub_folder(t5_name, HF_FILES, T5_NEEDS))
     return lm, codec, t5
 
 
@@ -418,12 +431,15 @@ def encode_audio(model: MusicGen, wav: torch.Tensor) -> torch.Tensor:
     return torch.cat([codes for codes, _ in encoded])
 
 
-def decoder(model: MusicGen) -> nn.Module:
-    """The half of EnCodec that makes sound, which training does not use."""
+def move_decoder(model: MusicGen, device: torch.device | str) -> None:
+    """Move the half of EnCodec that makes sound, which training does not use."""
     codec: Any = model.compression_model
     while not hasattr(codec, "decoder"):  # around it: for stereo, for Hugging Face's
         codec = codec.model
-    return codec.decoder
+    for module in codec.decoder.to(device).modules():
+        weight = module.__dict__.get("weight")  # weight_norm keeps there what it last computed
+        if isinstance(weight, torch.Tensor):
+            module.weight = weight.to(device)
 
 
 class TextEncoder:
@@ -515,15 +531,15 @@ class TokenLoss(nn.Module):
 
         x = sum(embed(inputs[:, k]) for k, embed in enumerate(lm.emb))  # [B, S - 1, D]
         condition = text_conditioner(lm).output_proj(text) * text_mask[..., None]  # [B, L, D]
-        cross = None
         if conditioner := melody_conditioner(lm):
             if melody is None:
                 melody = conditioner.none().expand(len(x), -1, -1)
-            # As in audiocraft's generation, the padding of captions is zeros and attended to.
-            x = torch.cat([conditioner.output_proj(melody), condition, x], dim=1)
+            melody = conditioner.output_proj(melody)  # [B, F, D]
+            x, steps = _behind_prefix(torch.cat([melody, condition], dim=1), text_mask, x)
+            x = lm.transformer(x)
+            x = x.gather(1, steps.expand(-1, -1, x.shape[-1]))
         else:
-            cross = condition, text_mask
-        x = lm.transformer(x, cross_attention_src=cross)[:, -inputs.shape[-1] :]
+            x = lm.transformer(x, cross_attention_src=(condition, text_mask))
         if lm.out_norm is not None:
             x = lm.out_norm(x)
 
@@ -546,6 +562,25 @@ class TokenLoss(nn.Module):
             reduction="none",
         )
         return losses.view(len(x), -1).sum(1)
+
+
+def _behind_prefix(
+    prefix: torch.Tensor,  # [B, F + L, D]: melody and text
+    text_mask: torch.Tensor,  # [B, L]
+    x: torch.Tensor,  # [B, S, D]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x behind each clip's own prefix `[B, F + L + S, D]`, and where it is `[B, S, 1]`.
+
+    The padding of short captions goes behind x, where causal attention doesn't see it. So a clip
+    is computed as by itself, as a prompt is in generation. No caption is one vector of zeros.
+    """
+    padding = text_mask.shape[1] - text_mask.sum(1, keepdim=True).long().clamp(min=1)  # [B, 1]
+    start = prefix.shape[1] - padding  # of x
+    both = torch.cat([prefix, x], dim=1)
+    to = torch.arange(both.shape[1], device=x.device).expand(len(x), -1)  # [B, F + L + S]
+    source = (to + padding * (to >= start)).clamp(max=both.shape[1] - 1)
+    steps = torch.arange(x.shape[1], device=x.device)
+    return both.gather(1, source[..., None].expand_as(both)), (start + steps)[..., None]
 
 
 def token_counts(lm: LMModel, valid_frames: torch.Tensor, frames: int) -> torch.Tensor:

@@ -115,14 +115,13 @@ STEREO = {
     "transformer_lm": {"n_q": 8},
 }
 
-# The text encoder, t5-base; source: its config.json on Hugging Face.
-T5_BASE: dict[str, Any] = {
-    "vocab_size": 32128,
-    "d_model": 768,
-    "d_kv": 64,
-    "d_ff": 3072,
-    "num_layers": 12,
-    "num_heads": 12,
+# The text encoders, AudioGen's is the large one; source: their config.json on Hugging Face.
+T5: dict[str, dict[str, Any]] = {
+    name: {
+        **{"vocab_size": 32128, "d_kv": 64, "d_model": width, "d_ff": 4 * width},
+        **{"num_layers": layers, "num_heads": heads},
+    }
+    for name, width, layers, heads in (("t5-base", 768, 12, 12), ("t5-large", 1024, 24, 16))
 }
 
 

@@ -120,7 +120,11 @@ def _conditions(
             start = round(frame / model.frame_rate * model.sample_rate)
             wav = melody[None, :, torch.arange(start, start + length) % melody.shape[-1]]
         given.wav[wav_name] = WavCondition(
-            wav.to(model.device), torch.tensor([length]), [model.sample_rate], [None], [0.0]
+            wav.to(model.device),
+            torch.tensor([length], device=model.device),
+            [model.sample_rate],
+            [None],
+            [0.0],
         )
     return given
 

@@ -226,7 +226,7 @@ def start(config: Config) -> Session:
         layers_dtype=layers_dtype(config, checkpoint.DTYPES[precision]),
     )
     lm = model.lm
-    musicgen.decoder(model).to("cpu")  # only samples need it, see write_samples
+    musicgen.move_decoder(model, "cpu")  # only samples need it, see write_samples
     melodies = _melodies(config, model, tracks + held_out, accelerator)
     adapter = set_up_training(config, lm)
     trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
@@ -372,7 +372,7 @@ def set_up_training(config: Config, lm: Any) -> "PeftModel | None":
     if config.grad_checkpointing:
         lm.transformer.checkpointing = "torch"
     lm.requires_grad_(not config.tune_text)
-    lm.condition_provider.requires_grad_(True)
+    musicgen.text_conditioner(lm).requires_grad_(True)
     if config.placeholder:
         lm.requires_grad_(False)  # the word is in the text encoder
     if not config.lora_rank:
@@ -445,18 +445,24 @@ def _melodies(
 ) -> Melodies | None:
     """Those of all tracks, of which each process finds its share; None if none are wanted."""
     conditioner = musicgen.melody_conditioner(model.lm)
-    if conditioner is None and "drop_melody" in config.model_fields_set:
+    check_melody(config, conditioner is not None)
+    if conditioner is None or config.drop_melody == 1:
+        return None
+    melodies = Melodies(conditioner, tracks)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    melodies.prepare(conditioner, tracks, rank, processes)
+    accelerator.wait_for_everyone()
+    melodies.prepare(conditioner, tracks)  # of several machines, each has its own cache
+    return melodies
+
+
+def check_melody(config: Config, has_melody: bool) -> None:
+    """Errors: UserError if --drop_melody was given to a model that takes no melodies."""
+    if "drop_melody" in config.model_fields_set and not has_melody:
         raise UserError(
             f"--drop_melody does nothing with --model_id={config.model_id}, which takes no "
             "melodies: leave it out, or give a melody model"
         )
-    if conditioner is None or config.drop_melody == 1:
-        return None
-    melodies = Melodies(conditioner)
-    share = tracks[accelerator.process_index :: accelerator.num_processes]
-    melodies.prepare(conditioner, share, quiet=not accelerator.is_main_process)
-    accelerator.wait_for_everyone()
-    return melodies
 
 
 def _make_clips(

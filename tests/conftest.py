@@ -38,6 +38,12 @@ def stereo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_musicgen(tmp_path_factory.mktemp("stereo"), stereo=True, segment_sec=20.0)
 
 
+@pytest.fixture(scope="session")
+def melody_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("melody")
+    return build_musicgen(path, melody=True, segment_sec=20.0, t5_dim=768)
+
+
 @pytest.fixture(scope="session", params=["mono", "stereo"])
 def model_folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(f"{request.param}_folder")

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from audiocraft.modules.codebooks_patterns import Pattern
+from audiocraft.modules.conditioners import dropout_condition
 from conftest import ROOT, tiny_config
 from torch import nn
 from torch._subclasses.fake_tensor import (
@@ -23,6 +24,7 @@ from torch._subclasses.fake_tensor import (
 import evaluate
 import musicgen
 import placeholder
+import sampling
 import session
 import train
 from dataset import Batch
@@ -96,6 +98,27 @@ def test_the_loss_is_computed_on_the_gpu(grad_checkpointing, model):
     assert loss.requires_grad
     with pytest.raises(RuntimeError, match="found at least two devices"):
         TokenLoss(model.lm)(codes, torch.tensor([40, 7, 1]), text, mask)
+
+
+def test_melodies_are_on_the_gpu_in_training_and_generation(fake_mode, melody_folder):
+    with unset_fake_temporarily():
+        model = musicgen.load(str(melody_folder), torch.device("cpu"))
+    to_cuda(model.lm, musicgen.text_conditioner(model.lm).t5)
+    conditioner = musicgen.melody_conditioner(model.lm)
+    conditioner.device = model.device = CUDA
+    text, mask = TextEncoder(model.lm)(["", "a slow piano"], CUDA)
+    codes = torch.zeros(2, model.lm.num_codebooks, 40, dtype=torch.long, device=CUDA)
+    melody = torch.zeros(2, conditioner.chroma_len, 12, device=CUDA)
+    for given in (melody, None):
+        loss = TokenLoss(model.lm)(codes, torch.tensor([40, 7], device=CUDA), text, mask, given)
+        assert loss.device == CUDA
+
+    provider = model.lm.condition_provider
+    for wav in (torch.zeros(1, 32_000), None):
+        conditions, other = (sampling._conditions(model, "piano", wav, 0) for _ in range(2))
+        unconditional = dropout_condition(other, "wav", "self_wav")
+        collated = provider._collate_wavs([conditions, unconditional])["self_wav"]
+        assert collated.wav.device == collated.length.device == CUDA
 
 
 def batches(*_: object, **__: object) -> Iterator[Batch]:

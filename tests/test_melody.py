@@ -4,6 +4,7 @@ Letters: B batch, C channels, K codebooks, T token frames, F chroma frames, P pi
 """
 
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import melody
 import musicgen
 import run
 from dataset import Clips, Pick
-from demo.tiny import build_hub_cache, build_musicgen
+from demo.tiny import build_hub_cache
 from flags import UserError
 from musicgen import ConditioningAttributes, Melodies, TextEncoder, TokenLoss, WavCondition
 
@@ -34,9 +35,8 @@ RATE, T = 32_000, 40
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("melody")
-    return build_musicgen(path, melody=True, segment_sec=20.0, t5_dim=768)
+def folder(melody_folder: Path) -> Path:
+    return melody_folder
 
 
 @pytest.fixture(scope="module")
@@ -104,25 +104,30 @@ def test_the_loss_is_that_of_audiocraft_with_its_own_conditioner(folder, make_pa
     captions = ["a slow piano", "a lively flute tune with brushed drums"]
     codes = torch.randint(64, (2, 4, T), generator=torch.Generator().manual_seed(0))
     valid = torch.full((2,), T)
-    none = audiocraft_loss(theirs, codes, captions, [None, None])
     close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-3)
-    close(module(codes, valid, *encode(captions, CPU)), none)
-
     tracks = dataset.scan(str(make_pairs(seconds=(20.0, 7.0))))  # a whole window, and less
     melodies = prepared(ours, tracks)
-    for i, track in enumerate(tracks):  # together, audiocraft pads the shorter one with silence
+    chroma = torch.stack([melodies.crop(track, 0, track.frames) for track in tracks])
+    with_melody, without = [], []
+    for i, track in enumerate(tracks):  # together, audiocraft pads the shorter one
         wav = torch.from_numpy(sf.read(track.path, dtype="float32")[0])
-        given = audiocraft_loss(theirs, codes[[i]], captions[i : i + 1], [wav])
-        chroma = melodies.crop(track, 0, track.frames)[None]
-        text = encode(captions[i : i + 1], CPU)
-        close(module(codes[[i]], valid[[i]], *text, chroma), given)
-        assert (given - none[i]).abs().max() > 0.1, "the melody has no say"
+        one = theirs, codes[[i]], captions[i : i + 1]
+        with_melody.append(audiocraft_loss(*one, [wav]))
+        without.append(audiocraft_loss(*one, [None]))
+    with_melody, without = torch.cat(with_melody), torch.cat(without)
+    assert (with_melody - without).abs().max() > 0.1, "the melody has no say"
+
+    # As a batch, in which the shorter caption's padding must not matter.
+    close(module(codes, valid, *encode(captions, CPU), chroma), with_melody)
+    close(module(codes, valid, *encode(captions, CPU)), without)
+    null = audiocraft_loss(theirs, codes[[0]], [""], [None])
+    close(module(codes, valid, *encode(["", captions[1]], CPU))[:1], null)
 
 
 def prepared(lm, tracks: list[dataset.Track]) -> Melodies:
     conditioner = musicgen.melody_conditioner(lm)
-    melodies = Melodies(conditioner)
-    melodies.prepare(conditioner, tracks, quiet=True)
+    melodies = Melodies(conditioner, tracks)
+    melodies.prepare(conditioner, tracks)
     return melodies
 
 
@@ -167,8 +172,8 @@ def test_a_crop_has_the_melody_of_its_own_place(folder, tmp_path):
     tracks = dataset.scan(str(tmp_path / "data"), with_captions=False)
     conditioner = musicgen.melody_conditioner(lm)
     conditioner._get_stemmed_wav = lambda wav, rate: wav  # demucs is not what is tested here
-    melodies = Melodies(conditioner)
-    melodies.prepare(conditioner, tracks, quiet=True)
+    melodies = Melodies(conditioner, tracks)
+    melodies.prepare(conditioner, tracks)
     for start, pitch_class in ((1.0, 9), (6.0, 4)):
         chroma = melodies.crop(tracks[0], round(start * RATE), 3 * RATE)  # [F, P]
         assert chroma.shape == (157, 12)
@@ -225,6 +230,43 @@ def test_a_resumed_run_keeps_its_share_of_melodies(fit, folder, mono_folder, mak
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     with pytest.raises(UserError, match="--drop_melody does nothing with"):
         fit(mono_folder, data, "mono", drop_melody=0.2)
+
+
+def test_two_names_of_a_recording_and_two_processes_do_not_meet(folder, make_pairs, tmp_path):
+    data = make_pairs(seconds=(1.0, 1.5, 1.2))
+    other = tmp_path / "links"
+    other.symlink_to(data)
+    tracks = dataset.scan(str(data)) + dataset.scan(str(other))
+    conditioner = musicgen.melody_conditioner(musicgen.load(str(folder), CPU).lm)
+    counts = []
+    for rank in (0, 1):
+        Melodies(conditioner, tracks).prepare(conditioner, tracks, rank, 2)
+        counts.append(len(list(melody.cache_folder().iterdir())))
+    assert counts == [2, 3]
+
+
+def test_a_running_training_does_not_mind_a_file_that_is_touched(folder, make_pairs):
+    tracks = dataset.scan(str(make_pairs(seconds=(1.0,))))
+    melodies = prepared(musicgen.load(str(folder), CPU).lm, tracks)
+    before = melodies.crop(tracks[0], 0, RATE)
+    os.utime(tracks[0].path)
+    assert torch.equal(melodies.crop(tracks[0], 0, RATE), before)
+    for path in melody.cache_folder().iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="can't be read from the cache"):
+        melodies.crop(tracks[0], 0, RATE)
+
+
+def test_the_split_of_a_step_into_batches_does_not_matter(fit, folder, make_pairs):
+    """Captions of different lengths, some dropped: each clip's loss is its own."""
+    data = make_pairs(seconds=(1.0, 1.2, 1.5, 2.0))
+    flags = {"max_steps": 2, "use_cfg": True, "cfg_p": 0.4, "seed": 3}
+    splits = {"batch_size": 4, "grad_acc": 1}, {"batch_size": 1, "grad_acc": 4}
+    together, apart = (
+        weights(fit(folder, data, str(split["grad_acc"]), **flags, **split)) for split in splits
+    )
+    for key in together:
+        torch.testing.assert_close(together[key], apart[key], rtol=0, atol=1e-4)
 
 
 def test_without_demucs_captions_alone_can_be_trained(

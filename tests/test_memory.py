@@ -56,6 +56,23 @@ def test_each_flag_lowers_the_part_that_it_is_for(tmp_path):
     assert 0.2 * base.activations < word.activations < 0.7 * base.activations
 
 
+def test_melodies_are_counted_as_they_are_in_the_loaded_model(melody_folder, tmp_path):
+    model, lm = (
+        musicgen.configs(str(melody_folder)),
+        musicgen.load(str(melody_folder), torch.device("cpu")).lm,
+    )
+    config = tiny_config(melody_folder, tmp_path, tmp_path / "out")
+    stand_in = memory.build_lm(config, model, 2, torch.bfloat16)
+    found, real = (musicgen.melody_conditioner(each) for each in (stand_in, lm))
+    assert found.none().shape == real.none().shape
+    shapes = [{name: p.shape for name, p in each.named_parameters()} for each in (stand_in, lm)]
+    assert shapes[0] == shapes[1]
+    longer = memory.estimate(config, model, 100, torch.bfloat16).activations
+    model[0].fuser.prepend, model[0].fuser.cross = [], ["description"]
+    del model[0].conditioners.self_wav
+    assert longer > memory.estimate(config, model, 100, torch.bfloat16).activations
+
+
 def test_dry_run_of_a_published_model_needs_no_weights(cli, make_pairs, tmp_path):
     data = make_pairs()
     result = cli(run, "--dry_run", dataset_path=data, output_dir=tmp_path / "out", lora_rank=16)
