@@ -46,7 +46,7 @@ def validate(session: Session, on_batch: Callable[[], None]) -> dict[str, Any]:
     ):
         on_batch()
         valid = session.valid_frames(batch.valid_samples)
-        codes = musicgen.encode_audio(session.model, to_device(batch.wav, accelerator.device))
+        codes = session.codes(batch)
         text, mask = session.text_encoder(batch.captions, accelerator.device)
         melody = None if batch.melody is None else to_device(batch.melody, accelerator.device)
         with accelerator.autocast():

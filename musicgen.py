@@ -6,6 +6,7 @@ F chroma frames, P pitch classes, D model width, card = codebook size.
 
 import contextlib
 import functools
+import hashlib
 import importlib.machinery
 import json
 import logging
@@ -364,14 +365,15 @@ def _load_codec(folder: Path, model_id: str, device: torch.device) -> Compressio
         local = folder / "encodec"
         if not local.is_dir():
             local = _hub_folder(package["pretrained"], HF_FILES, CODEC_NEEDS)
-        codec: CompressionModel = HFEncodecCompressionModel(
-            HFEncodecModel.from_pretrained(local)
-        ).to(device)
+        bare: Any = HFEncodecModel.from_pretrained(local)
+        bare.cfg_text = (local / "config.json").read_text()
+        codec: CompressionModel = HFEncodecCompressionModel(bare).to(device)
     else:
         cfg = OmegaConf.create(package["xp.cfg"])
         cfg.device = str(device)
         codec = builders.get_compression_model(cfg)
         codec.load_state_dict(package["best_state"])
+        codec.cfg_text = package["xp.cfg"]
     return codec.eval().requires_grad_(False)
 
 
@@ -420,10 +422,28 @@ def encode_audio(model: MusicGen, wav: torch.Tensor) -> torch.Tensor:
 
 def decoder(model: MusicGen) -> nn.Module:
     """The half of EnCodec that makes sound, which training does not use."""
+    return _codec(model).decoder
+
+
+def encoder(model: MusicGen) -> nn.Module:
+    """The other half, which training from kept tokens does not use."""
+    return _codec(model).encoder
+
+
+def codec_hash(model: MusicGen) -> str:
+    """Of what the codes depend on: EnCodec's weights and config."""
+    codec = _codec(model)
+    digest = hashlib.sha256(codec.cfg_text.encode())
+    for name, tensor in codec.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _codec(model: MusicGen) -> Any:
     codec: Any = model.compression_model
     while not hasattr(codec, "decoder"):  # around it: for stereo, for Hugging Face's
         codec = codec.model
-    return codec.decoder
+    return codec
 
 
 class TextEncoder:

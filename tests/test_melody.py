@@ -19,6 +19,7 @@ from demucs.hf import get_hf_model
 from huggingface_hub import constants
 from torch.nn import functional as F
 
+import cache
 import dataset
 import generate
 import melody
@@ -122,7 +123,7 @@ def test_the_loss_is_that_of_audiocraft_with_its_own_conditioner(folder, make_pa
 def prepared(lm, tracks: list[dataset.Track]) -> Melodies:
     conditioner = musicgen.melody_conditioner(lm)
     melodies = Melodies(conditioner)
-    melodies.prepare(conditioner, tracks, quiet=True)
+    melodies.prepare(conditioner, tracks)
     return melodies
 
 
@@ -151,7 +152,7 @@ def test_a_long_recording_is_separated_in_blocks_with_the_same_result(
     whole = prepared(lm, [track]).crop(track, 0, track.frames)
     monkeypatch.setattr(melody, "BLOCK_SEC", 6)
     monkeypatch.setattr(melody, "MARGIN_SEC", 1)
-    for path in melody.cache_folder().iterdir():
+    for path in cache.folder("melodies").iterdir():
         path.unlink()
     blocks = prepared(lm, [track]).crop(track, 0, track.frames)
     assert (whole == blocks).all(dim=1).float().mean() > 0.97  # resampling differs at the seams
@@ -168,7 +169,7 @@ def test_a_crop_has_the_melody_of_its_own_place(folder, tmp_path):
     conditioner = musicgen.melody_conditioner(lm)
     conditioner._get_stemmed_wav = lambda wav, rate: wav  # demucs is not what is tested here
     melodies = Melodies(conditioner)
-    melodies.prepare(conditioner, tracks, quiet=True)
+    melodies.prepare(conditioner, tracks)
     for start, pitch_class in ((1.0, 9), (6.0, 4)):
         chroma = melodies.crop(tracks[0], round(start * RATE), 3 * RATE)  # [F, P]
         assert chroma.shape == (157, 12)
