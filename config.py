@@ -178,6 +178,11 @@ class Config(Flags):
     num_workers: int | None = Field(
         None, ge=0, description="processes that read audio; None = up to 4, 0 = the main one"
     )
+    cache_tokens: bool = Field(
+        False,
+        description="encode every recording once, before the first step, and train from the "
+        "tokens; 0 = off",
+    )
 
     # LoRA.
     lora_rank: int = Field(

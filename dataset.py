@@ -1,8 +1,8 @@
 """A folder of recordings and captions -> clips: `wav [C, samples]`, valid samples, caption.
 
-Letters: B batch, C channels, F chroma frames, P pitch classes. Everything random here is a
-function of (seed, epoch, file), so that a run can be stopped, resumed and split over processes
-without a change in what it sees.
+Letters: B batch, C channels, K codebooks, T token frames, F chroma frames, P pitch classes.
+Everything random here is a function of (seed, epoch, file), so that a run can be stopped, resumed
+and split over processes without a change in what it sees.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from flags import UserError, first_lines
 
 if TYPE_CHECKING:  # it imports this file
     from melody import Melodies
+    from tokens import Tokens
 
 MIN_CLIP_SEC = 0.5
 SAMPLE_RATES_HZ = (4_000, 768_000)  # outside of these a header is damaged, not unusual
@@ -63,13 +64,16 @@ class Pick:
 class Clip:
     """A crop: wav `[C, samples]` at the model's rate, zero after the first `valid_samples`.
 
+    With --cache_tokens its codes `[K, T]` instead.
+
     A reading error travels as a value: an exception from a worker process loses its plain text.
     """
 
-    wav: torch.Tensor
+    wav: torch.Tensor | None
     valid_samples: int
     caption: str
     name: str
+    codes: torch.Tensor | None = None
     melody: torch.Tensor | None = None  # [F, P], for melody models
     error: str | None = None
 
@@ -77,10 +81,11 @@ class Clip:
 class Batch(NamedTuple):
     """wav `[B, C, samples]`, valid samples `[B]`, the clips' captions, names and melodies."""
 
-    wav: torch.Tensor
+    wav: torch.Tensor | None
     valid_samples: torch.Tensor
     captions: list[str]
     names: list[str]
+    codes: torch.Tensor | None = None  # [B, K, T], instead of wav
     melody: torch.Tensor | None = None  # [B, F, P]
     error: str | None = None
 
@@ -243,6 +248,7 @@ class Clips(Dataset[Clip]):
         samples: length of every crop; a shorter track is taken whole and zero-padded.
         drop_caption: probability of an empty caption.
         drop_word: probability of leaving out each word of a caption.
+        tokens: of the tracks, to take the crops from instead of the files.
         melodies: of the tracks, for models that take them.
         drop_melody: probability of no melody. Where the whole caption is dropped it always is.
     """
@@ -257,6 +263,7 @@ class Clips(Dataset[Clip]):
         seed: int,
         drop_caption: float = 0.0,
         drop_word: float = 0.0,
+        tokens: "Tokens | None" = None,
         melodies: "Melodies | None" = None,
         drop_melody: float = 0.0,
     ) -> None:
@@ -267,6 +274,7 @@ class Clips(Dataset[Clip]):
         self.seed = seed
         self.drop_caption = drop_caption
         self.drop_word = drop_word
+        self.tokens = tokens
         self.melodies = melodies
         self.drop_melody = drop_melody
 
@@ -280,10 +288,18 @@ class Clips(Dataset[Clip]):
         start = int(rng.integers(track.frames - frames + 1))
         unconditional = rng.random() < self.drop_caption  # for classifier-free guidance
         caption = "" if unconditional else self._drop_words(track.caption, rng)
-        wav = np.zeros((self.channels, self.samples), dtype=np.float32)
-        valid, melody, problem = 0, None, None
+        wav = codes = melody = problem = None
+        valid = 0
+        if self.tokens:
+            codes = np.zeros((self.tokens.codebooks, self.samples // self.tokens.hop), np.int16)
+        else:
+            wav = np.zeros((self.channels, self.samples), np.float32)
         try:
-            if pick.weight:
+            if pick.weight and self.tokens and codes is not None:
+                part = self.tokens.crop(track, start, codes.shape[1])
+                codes[:, : part.shape[1]] = part
+                valid = part.shape[1] * self.tokens.hop
+            elif pick.weight and wav is not None:
                 crop = read_crop(track.path, start, frames, self.sample_rate, self.channels)
                 valid = min(crop.shape[1], self.samples)
                 wav[:, :valid] = crop[:, :valid]
@@ -292,8 +308,18 @@ class Clips(Dataset[Clip]):
                 if pick.weight and not unconditional and rng.random() >= self.drop_melody:
                     melody = self.melodies.crop(track, start, frames)
         except ValueError as error:
+            problem = f"{track.path}: {error}; mend it or move it out of the folder"
+        except OSError as error:  # of the cache
             problem = f"{track.path}: {error}"
-        return Clip(torch.from_numpy(wav), valid, caption, track.name, melody, problem)
+        return Clip(
+            wav=None if wav is None else torch.from_numpy(wav),
+            valid_samples=valid,
+            caption=caption,
+            name=track.name,
+            codes=None if codes is None else torch.from_numpy(codes),
+            melody=melody,
+            error=problem,
+        )
 
     def _drop_words(self, caption: str, rng: np.random.Generator) -> str:
         if not self.drop_word:
@@ -310,15 +336,20 @@ def _stable_hash(name: str) -> int:
 
 def collate(clips: list[Clip]) -> Batch:
     """Clips -> one Batch, which carries the first error, if any."""
-    melodies = [clip.melody for clip in clips if clip.melody is not None]
     return Batch(
-        wav=torch.stack([clip.wav for clip in clips]),
+        wav=_stack([clip.wav for clip in clips]),
         valid_samples=torch.tensor([clip.valid_samples for clip in clips]),
         captions=[clip.caption for clip in clips],
         names=[clip.name for clip in clips],
-        melody=torch.stack(melodies) if len(melodies) == len(clips) else None,
+        codes=_stack([clip.codes for clip in clips]),
+        melody=_stack([clip.melody for clip in clips]),
         error=next((clip.error for clip in clips if clip.error), None),
     )
+
+
+def _stack(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+    there = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(there) if len(there) == len(tensors) else None
 
 
 def split(tracks: list[Track], share: float, seed: int) -> tuple[list[Track], list[Track]]:

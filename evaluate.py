@@ -46,7 +46,7 @@ def validate(session: Session, on_batch: Callable[[], None]) -> dict[str, Any]:
     ):
         on_batch()
         valid = session.valid_frames(batch.valid_samples)
-        codes = musicgen.encode_audio(session.model, to_device(batch.wav, accelerator.device))
+        codes = session.codes(batch)
         text, mask = session.text_encoder(batch.captions, accelerator.device)
         melody = None if batch.melody is None else to_device(batch.melody, accelerator.device)
         with accelerator.autocast():
@@ -74,7 +74,7 @@ def write_samples(session: Session, on_frame: Callable[[], None]) -> Iterator[tu
     `on_frame` is called between frames, and may raise to stop.
     """
     config, model = session.config, session.model
-    musicgen.move_decoder(model, model.device)
+    musicgen.move(model, "decoder", model.device)
     try:
         for number, prompt in enumerate(session.prompts, start=1):
             wav = sampling.generate(
@@ -89,4 +89,4 @@ def write_samples(session: Session, on_frame: Callable[[], None]) -> Iterator[tu
             sampling.write_wav(path, wav[0], model.sample_rate)
             yield path, prompt
     finally:
-        musicgen.move_decoder(model, "cpu")
+        musicgen.move(model, "decoder", "cpu")

@@ -7,19 +7,14 @@ Letters: B batch, C channels, F chroma frames (of 4096 samples, at 32 kHz 0.128 
 """
 
 import functools
-import hashlib
-import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-import checkpoint
 import dataset
+from cache import Cache
 from dataset import Track
 from flags import UserError, is_out_of_memory
 
@@ -115,61 +110,42 @@ class Melodies:
     `none` `[F, P]` is that of no recording.
     """
 
-    def __init__(self, conditioner: MelodyConditioner, tracks: list[Track]) -> None:
+    def __init__(self, conditioner: MelodyConditioner) -> None:
         chroma = conditioner.chroma
         self.frames = conditioner.chroma_len  # F of a clip
         self.rate = conditioner.sample_rate / chroma.winhop  # frames a second
         self.none = conditioner.none().cpu()
-        self._settings = [
-            "htdemucs",
-            *(conditioner.sample_rate, chroma.winlen, chroma.n_chroma, chroma.argmax),
-        ]
-        self._paths = {track.path: self._path(track) for track in tracks}
+        settings = (conditioner.sample_rate, chroma.winlen, chroma.n_chroma, chroma.argmax)
+        self._cache = Cache("melodies", ["htdemucs", *settings])
 
     def prepare(
-        self, conditioner: MelodyConditioner, tracks: list[Track], rank: int = 0, processes: int = 1
+        self,
+        conditioner: MelodyConditioner,
+        tracks: list[Track],
+        *,
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
-        """Find a process's share of the melodies that are not in the cache; then let go of demucs.
+        """Find the melodies that are not in the cache yet; then let go of demucs.
 
         Errors: UserError if a recording can't be read, or demucs isn't there.
         """
-        own = {self._paths[track.path]: track for track in tracks}  # two names of a file are one
-        shares = list(own.items())[rank::processes]
-        new = {path: track for path, track in shares if not path.exists()}
-        if new:
-            checkpoint.check_writable(cache_folder(), "XDG_CACHE_HOME")
-        bar = tqdm(new.items(), desc="melodies", unit="file", disable=rank > 0 or not new)
-        for path, track in bar:
-            try:
-                pieces = list(_blocks(conditioner, track))
-            except ValueError as error:
-                raise UserError(f"{track.path}: {error}") from None
-            chroma = np.concatenate(pieces).astype(np.float16)
-            checkpoint.write(path, functools.partial(np.save, arr=chroma))
+
+        def find(track: Track) -> np.ndarray:
+            return np.concatenate(list(_blocks(conditioner, track))).astype(np.float16)
+
+        self._cache.fill(tracks, find, rank=rank, processes=processes)
         conditioner.__dict__.pop("demucs", None)
 
     def crop(self, track: Track, start: int, frames: int) -> torch.Tensor:
         """The melody of `frames` of a track's own frames from `start` on, repeated to `[F, P]`.
 
-        Errors: ValueError if it is not in the cache.
+        Errors: OSError if it is no longer in the cache.
         """
-        try:
-            chroma = np.load(self._paths[track.path], mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"its melody can't be read from the cache ({error})") from None
+        chroma = self._cache(track)
         first = min(round(start * self.rate / track.sample_rate), len(chroma) - 1)
         part = chroma[first : first + 1 + int(frames * self.rate / track.sample_rate)]
         return torch.from_numpy(np.resize(part, (self.frames, part.shape[1])).astype(np.float32))
-
-    def _path(self, track: Track) -> Path:
-        status = track.path.stat()
-        key = [*self._settings, str(track.path.resolve()), status.st_size, status.st_mtime_ns]
-        return cache_folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.npy"
-
-
-def cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "musicgen-trainer" / "melodies"
 
 
 def _blocks(conditioner: MelodyConditioner, track: Track) -> Iterator[np.ndarray]:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 import checkpoint
 import musicgen
+import tokens
 from config import Config
 from musicgen import MelodyConditioner, TokenLoss, all_but_matrices_to
 from session import (
@@ -60,6 +61,7 @@ class Need:
     activations: int  # of the language model: what the backward pass needs, at its peak
     encoders: int  # T5 and EnCodec
     encoding: int  # EnCodec's activations, gone before the language model's turn
+    beforehand: int  # EnCodec and its activations with --cache_tokens, gone before the first step
     accumulates: bool  # gradients are there from an earlier batch while activations pile up
 
     @property
@@ -74,7 +76,8 @@ class Need:
     def peak(self) -> int:
         gradients = self.gradients if self.accumulates else 0
         while_encoding = self.weights + self.optimizer + gradients + self.encoding
-        return self.encoders + max(self.language_model_peak, while_encoding)
+        before = self.weights + self.beforehand
+        return self.encoders + max(self.language_model_peak, while_encoding, before)
 
 
 class _Live(TorchDispatchMode):
@@ -141,26 +144,28 @@ def dry_run(config: Config) -> str:
     tracks, _ = scan(config)
     plan = make_plan(config, len(tracks), processes=int(os.environ.get("WORLD_SIZE", 1)))
     codec_cfg = model[1]
-    frame_rate = codec_cfg.sample_rate / math.prod(codec_cfg.seanet.ratios)
-    frames = crop_frames(config, model[0].dataset.segment_duration, frame_rate, tracks)
+    rate = frame_rate(codec_cfg)
+    frames = crop_frames(config, model[0].dataset.segment_duration, rate, tracks)
     dtype, why = torch.bfloat16, "as on a GPU that has it"
     if config.precision != "auto":
         dtype, why = checkpoint.DTYPES[config.precision], "as asked for"
     need = estimate(config, model, frames, dtype)
-    parts = ", ".join(
-        f"{name} {_gb(getattr(need, name))}"
-        for name in ("weights", "gradients", "optimizer", "activations", "encoders", "encoding")
-    )
+    parts = ["weights", "gradients", "optimizer", "activations", "encoders", "encoding"]
+    when = "encoding comes before the activations"
+    if config.cache_tokens:
+        parts.remove("encoding")
+        before = need.weights + need.encoders + need.beforehand
+        when = f"{_gb(before)} while recordings are encoded"
+    memory = ", ".join(f"{name} {_gb(getattr(need, name))}" for name in parts)
     trained = f"{need.trained}" if config.placeholder else f"{need.trained / 1e6:.1f} M"
     rows = [
         f"model      {config.model_id}, {need.parameters / 1e6:.1f} M parameters, "
         f"{trained} trained",
         f"steps      {plan.total_steps}: {plan.steps_per_epoch} an epoch, of "
-        f"{plan.clips_per_step} clips of {frames / frame_rate:g} s",
+        f"{plan.clips_per_step} clips of {frames / rate:g} s",
         f"precision  {str(dtype).removeprefix('torch.')} ({why})",
-        f"memory     {parts}",
-        f"           at the peak {_gb(need.peak)} (encoding comes before the activations), and "
-        "what CUDA itself takes",
+        f"memory     {memory}",
+        f"           at the peak {_gb(need.peak)} ({when}), and what CUDA itself takes",
     ]
     if torch.cuda.is_available():
         rows.append(f"           this GPU has {_gb(torch.cuda.mem_get_info()[1])}")
@@ -169,6 +174,11 @@ def dry_run(config: Config) -> str:
         lower = estimate(changed, model, frames, dtype)
         rows.append(f"  {_gb(lower.peak):>8}  with {flags}")
     return "\n".join(rows)
+
+
+def frame_rate(codec_cfg: Any) -> float:
+    """Token frames a second."""
+    return codec_cfg.sample_rate / math.prod(codec_cfg.seanet.ratios)
 
 
 def _thriftier(config: Config) -> Iterator[tuple[str, Config]]:
@@ -201,7 +211,12 @@ def estimate(config: Config, model: Model, frames: int, dtype: torch.dtype) -> N
     few, more = (_measure(config, model, layers, frames, dtype) for layers in FEW_LAYERS)
     others = lm_cfg.transformer_lm.num_layers - FEW_LAYERS[0]
     lm = _Measured(*(one + others * (other - one) for one, other in zip(few, more, strict=True)))
+    if config.cache_tokens:
+        frames = round(tokens.WINDOW_SEC * frame_rate(codec_cfg))
     codec, encoding = _codec(OmegaConf.to_yaml(codec_cfg), config.batch_size, frames)
+    beforehand = 0
+    if config.cache_tokens:
+        codec, encoding, beforehand = 0, 0, codec + encoding
     with torch.device("meta"):
         text_encoder = _bytes(T5EncoderModel(t5_cfg).parameters())
     return Need(
@@ -213,6 +228,7 @@ def estimate(config: Config, model: Model, frames: int, dtype: torch.dtype) -> N
         activations=max(lm.forward, lm.backward),
         encoders=text_encoder + codec,
         encoding=encoding,
+        beforehand=beforehand,
         accumulates=config.grad_acc > 1,
     )
 

@@ -6,6 +6,7 @@ F chroma frames, P pitch classes, D model width, card = codebook size.
 
 import contextlib
 import functools
+import hashlib
 import importlib.machinery
 import json
 import logging
@@ -377,14 +378,15 @@ def _load_codec(folder: Path, model_id: str, device: torch.device) -> Compressio
         local = folder / "encodec"
         if not local.is_dir():
             local = _hub_folder(package["pretrained"], HF_FILES, CODEC_NEEDS)
-        codec: CompressionModel = HFEncodecCompressionModel(
-            HFEncodecModel.from_pretrained(local)
-        ).to(device)
+        bare: Any = HFEncodecModel.from_pretrained(local)
+        bare.cfg_text = (local / "config.json").read_text()
+        codec: CompressionModel = HFEncodecCompressionModel(bare).to(device)
     else:
         cfg = OmegaConf.create(package["xp.cfg"])
         cfg.device = str(device)
         codec = builders.get_compression_model(cfg)
         codec.load_state_dict(package["best_state"])
+        codec.cfg_text = package["xp.cfg"]
     return codec.eval().requires_grad_(False)
 
 
@@ -431,15 +433,28 @@ def encode_audio(model: MusicGen, wav: torch.Tensor) -> torch.Tensor:
     return torch.cat([codes for codes, _ in encoded])
 
 
-def move_decoder(model: MusicGen, device: torch.device | str) -> None:
-    """Move the half of EnCodec that makes sound, which training does not use."""
-    codec: Any = model.compression_model
-    while not hasattr(codec, "decoder"):  # around it: for stereo, for Hugging Face's
-        codec = codec.model
-    for module in codec.decoder.to(device).modules():
+def move(model: MusicGen, half: str, device: torch.device | str) -> None:
+    """Move EnCodec's "encoder", unused with kept tokens, or its "decoder", used for samples."""
+    for module in getattr(_codec(model), half).to(device).modules():
         weight = module.__dict__.get("weight")  # weight_norm keeps there what it last computed
         if isinstance(weight, torch.Tensor):
             module.weight = weight.to(device)
+
+
+def codec_hash(model: MusicGen) -> str:
+    """Of what the codes depend on: EnCodec's weights and config."""
+    codec = _codec(model)
+    digest = hashlib.sha256(codec.cfg_text.encode())
+    for name, tensor in codec.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _codec(model: MusicGen) -> Any:
+    codec: Any = model.compression_model
+    while not hasattr(codec, "decoder"):  # around it: for stereo, for Hugging Face's
+        codec = codec.model
+    return codec
 
 
 class TextEncoder:

@@ -93,7 +93,7 @@ def _read(clips: Clips, picks: Iterable[list[Pick]], workers: int) -> Iterator[B
     try:
         for batch in loader:
             if batch.error:
-                raise UserError(f"{batch.error}; mend it or move it out of the folder")
+                raise UserError(batch.error)
             yield batch
     except RuntimeError as error:
         if "shared memory" not in str(error) and "bus error" not in str(error):

@@ -6,9 +6,10 @@ Letters: K codebooks, T token frames.
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,13 @@ import lora
 import musicgen
 import placeholder
 from config import Config
-from dataset import Clips, Track
+from dataset import Batch, Clips, Track
 from ema import EMA
 from flags import UserError
-from musicgen import Melodies, MusicGen, TextEncoder, TokenLoss
+from musicgen import Melodies, MusicGen, TextEncoder, TokenLoss, to_device
 from plan import Plan
 from report import Report, format_seconds, start_wandb
+from tokens import Tokens
 
 if TYPE_CHECKING:  # slow to import, and only for LoRA
     from peft import PeftModel
@@ -122,6 +124,14 @@ class Session:
     def valid_frames(self, valid_samples: torch.Tensor) -> torch.Tensor:
         """Whole frames in so many samples; a frame that is part padding is not trained on."""
         return valid_samples * round(self.model.frame_rate) // self.model.sample_rate
+
+    def codes(self, batch: Batch) -> torch.Tensor:
+        """A batch's codes `[B, K, T]` on the device: kept ones, or encoded now."""
+        device = self.accelerator.device
+        if batch.codes is not None:
+            return to_device(batch.codes, device).long()
+        assert batch.wav is not None
+        return musicgen.encode_audio(self.model, to_device(batch.wav, device))
 
     def learning_rate(self) -> float:
         """Of the coming step: linear warm-up, then as lr_scheduler says."""
@@ -226,7 +236,8 @@ def start(config: Config) -> Session:
         layers_dtype=layers_dtype(config, checkpoint.DTYPES[precision]),
     )
     lm = model.lm
-    musicgen.move_decoder(model, "cpu")  # only samples need it, see write_samples
+    musicgen.move(model, "decoder", "cpu")  # only samples need it, see write_samples
+    tokens = _tokens(config, model, tracks + held_out, accelerator) if config.cache_tokens else None
     melodies = _melodies(config, model, tracks + held_out, accelerator)
     adapter = set_up_training(config, lm)
     trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
@@ -251,8 +262,8 @@ def start(config: Config) -> Session:
         trained=trained,
         optimizer=optimizer,
         ema=EMA(list(trained.values()), config.ema_decay) if config.ema_decay else None,
-        clips=_make_clips(config, model, tracks, frames, melodies, training=True),
-        valid_clips=_make_clips(config, model, held_out, frames, melodies, training=False),
+        clips=_make_clips(config, model, tracks, frames, tokens, melodies, training=True),
+        valid_clips=_make_clips(config, model, held_out, frames, tokens, melodies, training=False),
         plan=plan,
         frames=frames,
         warmup=config.warmup_steps if config.warmup_steps < total else total // 10,
@@ -448,11 +459,8 @@ def _melodies(
     check_melody(config, conditioner is not None)
     if conditioner is None or config.drop_melody == 1:
         return None
-    melodies = Melodies(conditioner, tracks)
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    melodies.prepare(conditioner, tracks, rank, processes)
-    accelerator.wait_for_everyone()
-    melodies.prepare(conditioner, tracks)  # of several machines, each has its own cache
+    melodies = Melodies(conditioner)
+    _in_shares(partial(melodies.prepare, conditioner, tracks), accelerator)
     return melodies
 
 
@@ -465,11 +473,29 @@ def check_melody(config: Config, has_melody: bool) -> None:
         )
 
 
+def _tokens(
+    config: Config, model: MusicGen, tracks: list[Track], accelerator: Accelerator
+) -> Tokens:
+    """Those of all tracks, of which each process encodes its share."""
+    tokens = Tokens(model)
+    _in_shares(partial(tokens.prepare, model, tracks, config.batch_size), accelerator)
+    musicgen.move(model, "encoder", "cpu")  # not needed any more
+    return tokens
+
+
+def _in_shares(prepare: Callable[..., None], accelerator: Accelerator) -> None:
+    """Each process prepares its share; then each machine what its own cache still lacks."""
+    prepare(rank=accelerator.process_index, processes=accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    prepare()
+
+
 def _make_clips(
     config: Config,
     model: MusicGen,
     tracks: list[Track],
     frames: int,
+    tokens: Tokens | None,
     melodies: Melodies | None,
     *,
     training: bool,
@@ -482,6 +508,7 @@ def _make_clips(
         seed=config.seed,
         drop_caption=config.cfg_p if training and config.use_cfg else 0.0,
         drop_word=config.word_dropout if training else 0.0,
+        tokens=tokens,
         melodies=melodies,
         drop_melody=config.drop_melody if training else 0.0,
     )
@@ -512,6 +539,8 @@ def _facts(session: Session, precision: str) -> dict[str, str]:
     lengths = f"crops of {crop_sec:g} s"
     if short:
         lengths += f"; {short} shorter files are padded, the padding is not trained on"
+    if config.cache_tokens:
+        lengths += "; taken from the tokens of whole recordings"
     warmup = f"{session.warmup}"
     if session.warmup < config.warmup_steps:
         warmup += f" (shortened from {config.warmup_steps}: the run has {session.total} steps)"

@@ -133,7 +133,7 @@ def _loop(run: Session, stop: StopSignals) -> None:
         losses = []  # [B, K] of each micro-batch
         for i, batch in enumerate(micro_batches):
             stop.check()
-            codes = musicgen.encode_audio(run.model, to_device(batch.wav, device))
+            codes = run.codes(batch)
             text, mask = run.text_encoder(batch.captions, device)
             waits = i + 1 < len(micro_batches)  # DDP sums gradients in the last backward pass only
             with accelerator.no_sync(run.module) if waits else contextlib.nullcontext():

@@ -91,7 +91,7 @@ def one_worker(folder: Path, repeats: int) -> None:
             loader = train_batches(make_clips(cls, tracks), plan, start=0, rank=0, workers=1)
             next(loader)  # the worker has started
             start = time.perf_counter()
-            count = sum(len(batch.wav) for batch in loader)
+            count = sum(len(batch.names) for batch in loader)
             taken.append(count / (time.perf_counter() - start))
             print(f"  {name}: {count} clips, {taken[-1]:.2f} clips/s", flush=True)
     ours, original = (statistics.median(taken) for taken in rates.values())

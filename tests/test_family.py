@@ -94,7 +94,7 @@ def test_a_member_of_the_family_trains_and_generates(name, lora_rank, folders, t
 def test_only_sound_needs_the_decoder(name, folders):
     """Training keeps it off the GPU: here on the meta device, where it can't compute."""
     model = musicgen.load(str(folders[name]), CPU)
-    musicgen.move_decoder(model, "meta")
+    musicgen.move(model, "decoder", "meta")
     left = [tensor for part in decoder_parts(model) for tensor in vars(part).values()]
     assert not [t for t in left if isinstance(t, torch.Tensor) and t.device.type != "meta"]
     codes = musicgen.encode_audio(model, torch.randn(1, model.audio_channels, model.sample_rate))

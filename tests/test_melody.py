@@ -20,6 +20,7 @@ from demucs.hf import get_hf_model
 from huggingface_hub import constants
 from torch.nn import functional as F
 
+import cache
 import dataset
 import generate
 import melody
@@ -126,7 +127,7 @@ def test_the_loss_is_that_of_audiocraft_with_its_own_conditioner(folder, make_pa
 
 def prepared(lm, tracks: list[dataset.Track]) -> Melodies:
     conditioner = musicgen.melody_conditioner(lm)
-    melodies = Melodies(conditioner, tracks)
+    melodies = Melodies(conditioner)
     melodies.prepare(conditioner, tracks)
     return melodies
 
@@ -156,7 +157,7 @@ def test_a_long_recording_is_separated_in_blocks_with_the_same_result(
     whole = prepared(lm, [track]).crop(track, 0, track.frames)
     monkeypatch.setattr(melody, "BLOCK_SEC", 6)
     monkeypatch.setattr(melody, "MARGIN_SEC", 1)
-    for path in melody.cache_folder().iterdir():
+    for path in cache.folder("melodies").iterdir():
         path.unlink()
     blocks = prepared(lm, [track]).crop(track, 0, track.frames)
     assert (whole == blocks).all(dim=1).float().mean() > 0.97  # resampling differs at the seams
@@ -172,7 +173,7 @@ def test_a_crop_has_the_melody_of_its_own_place(folder, tmp_path):
     tracks = dataset.scan(str(tmp_path / "data"), with_captions=False)
     conditioner = musicgen.melody_conditioner(lm)
     conditioner._get_stemmed_wav = lambda wav, rate: wav  # demucs is not what is tested here
-    melodies = Melodies(conditioner, tracks)
+    melodies = Melodies(conditioner)
     melodies.prepare(conditioner, tracks)
     for start, pitch_class in ((1.0, 9), (6.0, 4)):
         chroma = melodies.crop(tracks[0], round(start * RATE), 3 * RATE)  # [F, P]
@@ -240,8 +241,8 @@ def test_two_names_of_a_recording_and_two_processes_do_not_meet(folder, make_pai
     conditioner = musicgen.melody_conditioner(musicgen.load(str(folder), CPU).lm)
     counts = []
     for rank in (0, 1):
-        Melodies(conditioner, tracks).prepare(conditioner, tracks, rank, 2)
-        counts.append(len(list(melody.cache_folder().iterdir())))
+        Melodies(conditioner).prepare(conditioner, tracks, rank=rank, processes=2)
+        counts.append(len(list(cache.folder("melodies").iterdir())))
     assert counts == [2, 3]
 
 
@@ -251,9 +252,9 @@ def test_a_running_training_does_not_mind_a_file_that_is_touched(folder, make_pa
     before = melodies.crop(tracks[0], 0, RATE)
     os.utime(tracks[0].path)
     assert torch.equal(melodies.crop(tracks[0], 0, RATE), before)
-    for path in melody.cache_folder().iterdir():
+    for path in cache.folder("melodies").iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match="can't be read from the cache"):
+    with pytest.raises(OSError, match="can't be read"):
         melodies.crop(tracks[0], 0, RATE)
 
 

@@ -347,6 +347,7 @@ OTHER: dict[str, Any] = {
     "lora_embeddings": True,
     "placeholder": "<my-style>",
     "placeholder_init": "piano",
+    "cache_tokens": True,
 }
 
 
@@ -355,7 +356,10 @@ def test_every_flag_is_free_to_change_or_refused():
     assert set(OTHER) | of_melody_models == set(Config.model_fields) - FREE_TO_CHANGE
 
 
-def test_resuming_with_other_flags_is_refused_by_name(stopped, world, mono_folder, capsys):
+def test_resuming_with_other_flags_is_refused_by_name(
+    stopped, world, mono_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     before = {path: path.read_bytes() for path in stopped.iterdir() if path.is_file()}
     for name, value in OTHER.items():
         value = str(mono_folder) if value is ... else value

@@ -1,0 +1,140 @@
+"""What --cache_tokens changes: the codes of a crop, what is learned from them, how fast they come.
+
+    python -m benchmarks.tokens codes     # the demo's model and data
+    python -m benchmarks.tokens blocks    # windows, beside the whole recording at once
+    python -m benchmarks.tokens learn     # held-out cross entropy, trained both ways
+    python -m benchmarks.tokens read      # clips a second from one worker, without EnCodec
+
+From the project's root, on the CPU; tokens are kept in a temporary folder. `codes` compares the
+codes of a crop that is encoded by itself with those of the same frames in the whole recording: for
+crops that begin at a token frame, and for the nearest ones that begin elsewhere, as without the
+flag nearly all do. `learn` trains as `make demo` does, but for the steps; each run is judged on
+codes of the kind that it was trained on.
+"""
+
+import os
+import platform
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import fire
+import numpy as np
+import torch
+
+import dataset
+import musicgen
+from benchmarks.data import CROP_SEC, MODEL_RATE_HZ, make_clips, write_track
+from dataset import Clips, Track, scan
+from demo.demo import DATASET, TRAIN, run
+from demo.tiny import build_musicgen
+from musicgen import MusicGen
+from plan import Plan, train_batches
+from report import read_rows
+from tokens import Tokens
+
+EDGES_SEC = (0, 0.1, 0.5, 1, 3)  # distances from the nearer edge of a crop of 6 s
+CPU = torch.device("cpu")
+
+
+def _encode(model: MusicGen, wav: np.ndarray) -> np.ndarray:
+    return musicgen.encode_audio(model, torch.from_numpy(wav)[None])[0].numpy()
+
+
+def _read(model: MusicGen, track: Track) -> np.ndarray:
+    return dataset.read_crop(track.path, 0, track.frames, model.sample_rate, model.audio_channels)
+
+
+def _row(equal: np.ndarray) -> str:
+    """The share in each codebook, of [K, ...]."""
+    return " ".join(f"{share:.3f}" for share in equal.reshape(len(equal), -1).mean(axis=1))
+
+
+def codes(crops: int = 5, crop_sec: int = 6) -> None:
+    """`crops` out of each of the demo's ten recordings."""
+    model, rng = musicgen.load("demo", CPU), np.random.default_rng(0)
+    rate = round(model.frame_rate)
+    hop, T = model.sample_rate // rate, crop_sec * rate
+    edge_sec = (np.minimum(np.arange(T), np.arange(T)[::-1]) + 0.5) / rate
+    equal: dict[str, list[np.ndarray]] = {"at a frame": [], "elsewhere": []}  # [K, T] each
+    for track in scan(str(DATASET / "train")):
+        wav = _read(model, track)
+        whole = _encode(model, wav)
+        for _ in range(crops):
+            first = int(rng.integers(1, wav.shape[1] // hop - T))
+            for name, off in (("at a frame", 0), ("elsewhere", int(rng.integers(1, hop // 2)))):
+                crop = wav[:, first * hop + off :][:, : T * hop]
+                equal[name].append(_encode(model, crop) == whole[:, first : first + T])
+    for name, found in equal.items():
+        print(f"crops that begin {name}: share of equal codes in each codebook")
+        for low, high in pairwise(EDGES_SEC):
+            part = (edge_sec >= low) & (edge_sec < high)
+            print(f"  {low:3} to {high:3} s from the edge  {_row(np.stack(found, 1)[..., part])}")
+
+
+def blocks() -> None:
+    """The demo's training data in one recording of 105 s."""
+    model = musicgen.load("demo", CPU)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        tracks = scan(str(DATASET / "train"))
+        parts = [dataset.read_crop(t.path, 0, t.frames, t.sample_rate, 1) for t in tracks]
+        path = Path(folder) / "all.wav"
+        dataset.sf.write(path, np.concatenate(parts, 1).T, tracks[0].sample_rate)
+        (track,) = scan(folder, with_captions=False)
+        tokens = Tokens(model)
+        tokens.prepare(model, [track], 1)
+        whole = _encode(model, _read(model, track))
+        equal = tokens.crop(track, 0, whole.shape[1]) == whole
+    print(f"{track.duration_sec:.0f} s in windows: share of equal codes  {_row(equal)}")
+
+
+def learn(steps: int = 60, seed: int = 0) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        for kept in (0, 1):
+            output = Path(folder) / f"models{kept}"
+            how = {"max_steps": steps, "valid_step": steps, "seed": seed, "output_dir": output}
+            run("run.py", {**TRAIN, **how, "cache_tokens": kept}, quiet=True)
+            rows = read_rows(output / "metrics.jsonl")
+            before, after = (row["valid_loss"] for row in rows if "valid_loss" in row)
+            speed = np.median([row["ms"] for row in rows if "ms" in row])
+            print(
+                f"--cache_tokens={kept}: held-out loss {before:.3f} -> {after:.3f} in {steps} "
+                f"steps, {speed:.0f} ms a step",
+                flush=True,
+            )
+
+
+def read(files: int = 4, batches: int = 40) -> None:
+    """Tracks of 3 minutes, 44.1 kHz stereo; crops of 30 s, through training's own loader."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["XDG_CACHE_HOME"] = name
+        for index in range(files):
+            write_track(folder / f"{index}.wav", 180)
+        tracks = scan(name)
+        # The codec of the tests: the codes' values don't matter for the speed.
+        model = musicgen.load(str(build_musicgen(folder / "model")), CPU)
+        tokens = Tokens(model)
+        tokens.prepare(model, tracks, 1)
+        samples = CROP_SEC * MODEL_RATE_HZ
+        shape = {"sample_rate": MODEL_RATE_HZ, "channels": 1, "samples": samples, "seed": 0}
+        kept = Clips(tracks, tokens=tokens, **shape)  # type: ignore[arg-type]
+        for way, clips in (("files", make_clips(Clips, tracks)), ("tokens", kept)):
+            plan = Plan(files, 2, 1, epochs=batches, max_steps=batches, seed=0)
+            loader = train_batches(clips, plan, start=0, rank=0, workers=1)
+            next(loader)  # the worker has started
+            start = time.perf_counter()
+            count = sum(len(batch.names) for batch in loader)
+            print(f"from {way}: {count / (time.perf_counter() - start):.1f} clips/s", flush=True)
+
+
+def _main() -> None:
+    print(f"{platform.platform()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    fire.Fire({"codes": codes, "blocks": blocks, "learn": learn, "read": read})
+
+
+if __name__ == "__main__":
+    _main()
