@@ -171,8 +171,12 @@ def check_space(folder: Path, needed: int, *, replacing: bool) -> None:
 
 
 def fingerprint(tracks: Iterable[Track]) -> str:
-    """Of what a run trains on: names, lengths and captions."""
-    facts = [(t.name, t.sample_rate, t.frames, t.caption) for t in tracks]
+    """Of what a run trains on: names, lengths and captions, with the fields that some have."""
+    facts = [
+        (t.name, t.sample_rate, t.frames, t.caption)
+        + ((t.written.description, *t.written.fields) if t.written and t.written.fields else ())
+        for t in tracks
+    ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

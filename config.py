@@ -62,6 +62,14 @@ def _prompts(value: Any) -> Any:
     return _one_or_list(value)
 
 
+def _some_words(value: str) -> str:
+    words = " ".join(value.split())
+    if not words:
+        raise ValueError("needs a value")
+    return words
+
+
+Words = Annotated[str, AfterValidator(_some_words)]
 Folder = Annotated[str, AfterValidator(_existing_folder)]
 AnyPath = Annotated[str, Field(min_length=1), AfterValidator(_expanded)]
 Prompts = Annotated[list[str], BeforeValidator(_prompts), Field(min_length=1)]
@@ -84,7 +92,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 class Config(Flags):
-    """Fine-tune MusicGen on a folder of .wav + .txt pairs; leaves models/lm_final.pt.
+    """Fine-tune MusicGen on a folder of recordings and captions; leaves models/lm_final.pt.
 
     Example: python run.py --dataset_path=my_music --epochs=20 --use_cfg=1
     Several GPUs: torchrun --nproc_per_node=2 run.py --dataset_path=my_music
@@ -92,7 +100,8 @@ class Config(Flags):
 
     # The flags of the original trainer.
     dataset_path: Folder = Field(
-        description="folder of .wav files, each with a .txt caption of the same name beside it"
+        description="folder of recordings (wav, flac, mp3, ogg, opus, aiff, m4a) and captions: "
+        "NAME.txt, NAME.json, metadata.csv or metadata.jsonl"
     )
     model_id: str = Field(
         "small",
@@ -111,7 +120,7 @@ class Config(Flags):
         ge=0,
         description="steps between checkpoints lm_<step>.pt and the resume state; None or 0 = off",
     )
-    no_label: bool = Field(False, description="train with empty captions; .txt files not needed")
+    no_label: bool = Field(False, description="train with empty captions; none are read")
     tune_text: bool = Field(
         False, description="train the text conditioning only (lm.condition_provider)"
     )
@@ -143,6 +152,30 @@ class Config(Flags):
     )
     resume: bool = Field(False, description="go on with the stopped run in output_dir")
     overwrite: bool = Field(False, description="replace an earlier run's files in output_dir")
+
+    # Captions.
+    caption_from: Literal["auto", "tags"] = Field(
+        "auto",
+        description="auto = of each recording the first that is there: NAME.txt, NAME.json, a row "
+        "of metadata.csv or metadata.jsonl; tags = the files' own title, artist, genre, comment",
+    )
+    caption: Words | None = Field(None, description="one caption for all recordings; None = off")
+    trigger: Words | None = Field(
+        None, description="words put in front of every caption, such as my-style; None = off"
+    )
+    merge_text_p: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="captions from .json files or tags: probability of adding the other fields "
+        "(genre, moods, instrument, bpm, key, keywords); 0 = off",
+    )
+    drop_desc_p: float = Field(
+        0.5, ge=0, le=1, description="probability of leaving out the description where they are"
+    )
+    drop_other_p: float = Field(
+        0.5, ge=0, le=1, description="probability of leaving out each of those fields"
+    )
 
     # Training.
     cfg_p: float = Field(
@@ -216,7 +249,9 @@ class Config(Flags):
 
     # Validation and samples.
     valid_path: Folder | None = Field(
-        None, description="folder of held-out pairs for the validation loss; None = off"
+        None,
+        description="folder of held-out recordings, with captions, for the validation loss; "
+        "None = off",
     )
     valid_split: float = Field(
         0.0, ge=0, lt=1, description="share of the dataset's files held out instead; 0 = off"
@@ -264,9 +299,17 @@ class Config(Flags):
         for name in ("tune_text", "lora_rank", "no_label"):
             if self.placeholder and getattr(self, name):
                 problems.append(f"--placeholder and --{name} exclude each other: give one of them")
+        how_to_merge = ("merge_text_p", "drop_desc_p", "drop_other_p")
+        for name in ("caption_from", "caption", "trigger", *how_to_merge):
+            if name in given and self.no_label:
+                problems.append(f"--{name} and --no_label exclude each other: give one of them")
+            elif name in given and self.caption and name not in ("caption", "trigger"):
+                problems.append(f"--{name} and --caption exclude each other: give one of them")
         has_valid = bool(self.valid_path or self.valid_split)
         needs = [
             ("cfg_p", self.use_cfg, "--use_cfg=1"),
+            ("drop_desc_p", self.merge_text_p > 0, "--merge_text_p"),
+            ("drop_other_p", self.merge_text_p > 0, "--merge_text_p"),
             *(
                 (f"lora_{name}", self.lora_rank > 0, "--lora_rank")
                 for name in ("alpha", "dropout", "rslora", "embeddings")

@@ -178,19 +178,18 @@ def _read(
     flag: str, path: str, model: "MusicGen", channels: int, last_sec: float | None = None
 ) -> "torch.Tensor":
     """A recording, or its last seconds, `[C, samples]` at the model's rate. Errors: UserError."""
-    import soundfile as sf
     import torch
 
-    from dataset import read_crop
+    from dataset import length, read_crop
 
     try:
-        info = sf.info(path)
-        if info.frames == 0:
+        rate, whole = length(Path(path))
+        if whole == 0:
             raise ValueError("holds no audio")
-        frames = min(info.frames, round((last_sec or info.duration) * info.samplerate))
-        start = info.frames - frames
+        frames = min(whole, round(last_sec * rate)) if last_sec else whole
+        start = whole - frames
         wav = read_crop(Path(path), start, frames, model.sample_rate, channels)
-    except (sf.SoundFileError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{flag}={path}: {error}") from None
     return torch.from_numpy(wav)
 

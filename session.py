@@ -4,8 +4,10 @@ Letters: K codebooks, T token frames.
 """
 
 import contextlib
+import functools
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -23,6 +25,7 @@ import dataset
 import lora
 import musicgen
 import placeholder
+from captions import PLAIN, Merging, in_front
 from config import Config
 from dataset import Batch, Clips, Track
 from ema import EMA
@@ -347,11 +350,19 @@ def scan(config: Config) -> tuple[list[Track], list[Track]]:
 
 
 def _scan(config: Config, folder: str) -> list[Track]:
-    tracks = dataset.scan(folder, with_captions=not config.no_label)
-    if not config.placeholder:
+    tracks = dataset.scan(
+        folder,
+        with_captions=not config.no_label,
+        caption=config.caption,
+        from_tags=config.caption_from == "tags",
+    )
+    if config.no_label:
         return tracks
-    word = config.placeholder
-    return [replace(t, caption=placeholder.put_in_front(word, t.caption)) for t in tracks]
+    return [replace(t, caption=_in_front(config)(t.caption)) for t in tracks]
+
+
+def _in_front(config: Config) -> Callable[[str], str]:
+    return functools.partial(in_front, config.trigger, config.placeholder)
 
 
 def layers_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
@@ -507,6 +518,10 @@ def _make_clips(
         samples=frames * round(model.sample_rate / model.frame_rate),
         seed=config.seed,
         drop_caption=config.cfg_p if training and config.use_cfg else 0.0,
+        merging=Merging(config.merge_text_p, config.drop_desc_p, config.drop_other_p)
+        if training
+        else PLAIN,
+        in_front=_in_front(config),
         drop_word=config.word_dropout if training else 0.0,
         tokens=tokens,
         melodies=melodies,
@@ -547,7 +562,7 @@ def _facts(session: Session, precision: str) -> dict[str, str]:
     trained = sum(p.numel() for p in session.trained.values())
     everything = sum(p.numel() for p in session.model.lm.parameters())
     held_out = session.valid_clips.tracks
-    captions = "none, as no_label=1" if config.no_label else "from .txt files"
+    captions = _caption_facts(config, tracks)
     if config.use_cfg:
         captions += f", dropped with probability {config.cfg_p:g}"
     if musicgen.melody_conditioner(session.model.lm):
@@ -582,6 +597,19 @@ def _facts(session: Session, precision: str) -> dict[str, str]:
         "output": str(session.output),
     }
     return facts
+
+
+def _caption_facts(config: Config, tracks: list[Track]) -> str:
+    written = [track.written for track in tracks if track.written]
+    if not written:
+        return "none, as no_label=1"
+    sources = Counter(caption.source for caption in written).most_common()
+    counted = ", ".join(f"{count} from {source}" for source, count in sources)
+    facts = counted if len(sources) > 1 else f"from {sources[0][0]}"
+    with_fields = sum(bool(caption.fields) for caption in written)
+    if with_fields and config.merge_text_p:
+        facts += f"; {with_fields} with fields, merged with probability {config.merge_text_p:g}"
+    return f"{facts}; {config.trigger} goes in front" if config.trigger else facts
 
 
 def _seconds(tracks: list[Track]) -> float:

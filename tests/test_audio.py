@@ -100,7 +100,14 @@ def test_names_captions_and_folders(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         sf.write(path, sine(0.6, 8_000), 8_000, format="WAV")
         (tmp_path / text).write_bytes(caption)
-    ignored = ["._take one.wav", ".hidden.wav", "__MACOSX/._LOUD.WAV", "cover.jpg", "song.mp3"]
+    ignored = [
+        "._take one.wav",
+        ".hidden.wav",
+        "__MACOSX/._LOUD.WAV",
+        "cover.jpg",
+        "song.mid",
+        ".hidden.mp3",
+    ]
     for name in ignored:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"no sound")

@@ -112,7 +112,7 @@ def empty_folder(world: World) -> dict[str, Any]:
 
 def no_wavs(world: World) -> dict[str, Any]:
     for path in world.data.glob("*.wav"):
-        path.rename(path.with_suffix(".mp3"))
+        path.rename(path.with_suffix(".mid"))
     return {}
 
 
@@ -213,8 +213,8 @@ DISK = namedtuple("DISK", "total used free")(10**9, 10**9, 10**5)
 CASES: dict[str, tuple[Callable[[World], dict[str, Any]], list[str]]] = {
     # the dataset
     "folder missing": (flags(dataset_path="nowhere"), ["--dataset_path=nowhere", "no such folder"]),
-    "folder empty": (empty_folder, ["empty: no .wav files", "NAME.wav", "NAME.txt"]),
-    "no pairs": (no_wavs, ["music: no .wav files", "NAME.wav", "NAME.txt"]),
+    "folder empty": (empty_folder, ["empty: no recordings", "NAME.wav", "NAME.txt"]),
+    "no pairs": (no_wavs, ["music: no recordings", "NAME.wav", "NAME.txt"]),
     "no caption": (lone_wav, ["clip1.wav: no caption", "write clip1.txt", "--no_label=1"]),
     "text as wav": (put(b"la la la " * 99), ["bad.wav: can't be read as audio", "move them"]),
     "0 bytes": (put(b""), ["bad.wav: the file is empty", "mend them or move them"]),
@@ -326,7 +326,7 @@ def test_of_many_bad_files_twenty_are_named_and_all_counted(world, cli):
     for number in range(25):
         (world.data / f"lone{number:02d}.wav").write_bytes(wav())
     result = cli(run, dataset_path=world.data, output_dir=world.output)
-    assert_told(result, ["25 of 27 .wav files", "lone00.wav", "lone19.wav", "... and 5 more"])
+    assert_told(result, ["25 of 27 recordings", "lone00.wav", "lone19.wav", "... and 5 more"])
     assert "lone20.wav" not in result.err
 
 
@@ -334,7 +334,7 @@ def test_a_name_that_is_not_utf_8_is_told_to_be_renamed(world):
     for suffix in ("wav", "txt"):
         name = os.fsdecode(b"caf\xe9." + suffix.encode())  # from an old disk
         (world.data / f"clip1.{suffix}").rename(world.data / name)
-    with pytest.raises(UserError, match=r"1 of 2 .wav files(?s:.)*caf.*UTF-8.*rename"):
+    with pytest.raises(UserError, match=r"1 of 2 recordings(?s:.)*caf.*UTF-8.*rename"):
         dataset.scan(str(world.data))
 
 

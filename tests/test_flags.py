@@ -108,7 +108,7 @@ def test_value_is_read_as_it_was_meant(words, name, value, read):
 
 DATA = "--dataset=music"
 MISTAKES = [  # the command line, and what its message must hold
-    ([], ["--dataset_path is missing", "folder of .wav files"]),
+    ([], ["--dataset_path is missing", "folder of recordings"]),
     (["--dataset=nowhere"], ["--dataset_path=nowhere", "no such folder"]),
     (["--dataset=song.wav"], ["--dataset_path=song.wav", "is a file, not a folder"]),
     (["--dataset="], ["--dataset_path"]),

@@ -141,7 +141,7 @@ def test_mistakes_are_told(look, cli, tmp_path):
     assert cli(prepare, "--help").code == 0
     assert cli(prepare, "chekc", ".").code == 2
     (tmp_path / "empty").mkdir()
-    assert "no .wav files" in look(tmp_path / "empty").err
+    assert "no recordings" in look(tmp_path / "empty").err
     assert "--fxi" in look(tmp_path, fxi="x").err
     assert "no such folder" in look(tmp_path / "nothing").err
     with pytest.raises(UserError):

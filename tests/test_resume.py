@@ -348,12 +348,17 @@ OTHER: dict[str, Any] = {
     "placeholder": "<my-style>",
     "placeholder_init": "piano",
     "cache_tokens": True,
+    "caption": "one for all",
+    "trigger": "my-style",
+    "merge_text_p": 0.5,
+    "drop_desc_p": 0.2,
+    "drop_other_p": 0.2,
 }
 
 
 def test_every_flag_is_free_to_change_or_refused():
-    of_melody_models = {"drop_melody"}  # in test_melody.py
-    assert set(OTHER) | of_melody_models == set(Config.model_fields) - FREE_TO_CHANGE
+    elsewhere = {"drop_melody", "caption_from"}  # in test_melody.py, test_sources.py
+    assert set(OTHER) | elsewhere == set(Config.model_fields) - FREE_TO_CHANGE
 
 
 def test_resuming_with_other_flags_is_refused_by_name(
