@@ -14,6 +14,7 @@ import pytest
 import soundfile as sf
 import torch
 from accelerate.state import AcceleratorState
+from huggingface_hub import constants
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
@@ -130,6 +131,13 @@ def build_demucs(hub: Path) -> None:
         state = HTDemucs(**settings).state_dict()
     how = {"klass": "demucs.htdemucs.HTDemucs", "args": "[]", "kwargs": json.dumps(settings)}
     save_file(state, repo / "snapshots" / "1" / "tiny.safetensors", how)
+
+
+def use_hub(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, with this Hugging Face cache, and what is kept of recordings below tmp_path."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def weights(output: Path, step: int | str = "final") -> dict[str, torch.Tensor]:

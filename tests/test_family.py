@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import build_demucs, tone, weights, write_pairs
-from huggingface_hub import constants
+from conftest import build_demucs, tone, use_hub, weights, write_pairs
 
 import dataset
 import generate
@@ -50,10 +49,7 @@ def hub(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(autouse=True)
 def here(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline, with that cache, and melodies kept below tmp_path."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    use_hub(hub, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])

@@ -14,7 +14,7 @@ import soundfile as sf
 import torch
 from audiocraft.models import MusicGen, builders
 from audiocraft.modules.conditioners import ChromaStemConditioner
-from conftest import build_demucs, metrics, tone, weights
+from conftest import build_demucs, metrics, tone, use_hub, weights
 from demucs import apply, pretrained
 from demucs.hf import get_hf_model
 from huggingface_hub import constants
@@ -51,10 +51,7 @@ def hub(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def here(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline, with that cache, and melodies kept below tmp_path."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    use_hub(hub, tmp_path, monkeypatch)
 
 
 @pytest.fixture
