@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import m4a
-import placeholder
 from flags import UserError
 
 # audiocraft's MusicInfo; it merges these into the text, without the first two
@@ -70,13 +69,26 @@ class Merging(NamedTuple):
 PLAIN = Merging()  # the captions as they are
 
 
+def has(word: str, caption: str) -> bool:
+    """Whether a caption holds the word by itself, as the tokenizer of placeholder.py will see it.
+
+    Example: "jig" is in "a jig, fast" and not in "jigsaw"
+    """
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption) is not None
+
+
+def put_in_front(word: str, caption: str) -> str:
+    """The caption with the word, in front if it was not in it."""
+    return caption if has(word, caption) else f"{word} {caption}"
+
+
 def in_front(trigger: str | None, word: str | None, text: str) -> str:
     """A caption with --placeholder's word and --trigger.
 
     Example: "slow piano" -> "my-style, slow piano"
     """
     if word:
-        text = placeholder.put_in_front(word, text)
+        text = put_in_front(word, text)
     if trigger and not re.match(rf"{re.escape(trigger)}(?!\w)", text):
         text = f"{trigger}, {text}"
     return text

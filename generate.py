@@ -47,6 +47,7 @@ def run(config: GenerateConfig) -> list[Path]:
     import torch
     from tqdm import tqdm
 
+    import captions
     import checkpoint
     import musicgen
     import placeholder
@@ -63,7 +64,7 @@ def run(config: GenerateConfig) -> list[Path]:
         lora.merge(model.lm.state_dict(), adapter, scale, in_place=True)
     for file, (word, vector, _) in zip(config.embedding or [], embeddings, strict=True):
         placeholder.add(musicgen.text_conditioner(model.lm), word, vector, f"--embedding={file}")
-        if not any(placeholder.has(word, prompt) for prompt in config.prompt):
+        if not any(captions.has(word, prompt) for prompt in config.prompt):
             print(f"note: no prompt has {word}, the word of {file}", file=sys.stderr)
     overlap_sec = config.overlap or sampling.default_overlap_sec(model)
     if sampling.to_frames(model, overlap_sec) >= sampling.to_frames(model, model.max_duration):

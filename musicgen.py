@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
+import captions
 import placeholder
 import published
 from flags import UserError, is_out_of_memory
@@ -476,7 +477,7 @@ class TextEncoder:
         self._cached = functools.lru_cache(max_cached)(torch.no_grad()(self._encode))
 
     def _hidden(self, caption: str) -> torch.Tensor:
-        if self.new_word and placeholder.has(self.new_word.word, caption):
+        if self.new_word and captions.has(self.new_word.word, caption):
             return self._encode(caption)
         return self._cached(caption)
 

@@ -6,7 +6,6 @@ Source: Gal et al., An Image is Worth One Word (2022); the file is as diffusers 
 Letters: B batch, L text tokens, D width of T5.
 """
 
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,19 +47,6 @@ class Embedding(NamedTuple):
     word: str
     vector: torch.Tensor
     model_id: str | None
-
-
-def has(word: str, caption: str) -> bool:
-    """Whether a caption holds the word by itself, as the tokenizer will see it in `add`.
-
-    Example: "jig" is in "a jig, fast" and not in "jigsaw"
-    """
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption) is not None
-
-
-def put_in_front(word: str, caption: str) -> str:
-    """The caption with the word, in front if it was not in it."""
-    return caption if has(word, caption) else f"{word} {caption}"
 
 
 def mean_vector(conditioner: Any, text: str) -> torch.Tensor:

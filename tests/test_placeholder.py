@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_processes import launch, rows
 
+import captions
 import generate
 import lora
 import musicgen
@@ -88,7 +89,7 @@ def test_the_word_is_one_token_where_it_stands_by_itself(caption, is_in, mono_fo
     new = with_word(model)
     tokens = musicgen.text_conditioner(model.lm).t5_tokenizer(caption)["input_ids"]
     assert tokens.count(new.token) == caption.count(WORD) * is_in
-    assert placeholder.has(WORD, caption) == is_in
+    assert captions.has(WORD, caption) == is_in
 
 
 def test_captions_without_it_give_bitwise_what_they_gave(mono_folder):

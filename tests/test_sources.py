@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import av
 import numpy as np
 import pytest
 import soundfile as sf
-from conftest import metrics, tiny_config, tone, weights
+from conftest import ROOT, metrics, tiny_config, tone, weights
 
 import checkpoint
 import dataset
@@ -505,3 +507,9 @@ def test_training_with_fields_says_so_and_is_the_same_again(mono_folder, tmp_pat
     assert f"{told}my-style goes in front" in capsys.readouterr().out
     a, b = map(weights, runs)
     assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("module", ["dataset", "checkpoint", "captions", "plan", "prepare"])
+def test_a_module_can_be_the_first_to_be_imported(module):
+    """As the notebook and users' scripts do: the modules name each other in no circle."""
+    subprocess.run([sys.executable, "-c", f"import {module}"], cwd=ROOT, check=True)
