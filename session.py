@@ -4,7 +4,6 @@ Letters: K codebooks, T token frames.
 """
 
 import contextlib
-import functools
 import math
 import os
 from collections import Counter
@@ -362,7 +361,7 @@ def _scan(config: Config, folder: str) -> list[Track]:
 
 
 def _in_front(config: Config) -> Callable[[str], str]:
-    return functools.partial(in_front, config.trigger, config.placeholder)
+    return partial(in_front, config.trigger, config.placeholder)
 
 
 def layers_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
