@@ -31,7 +31,7 @@ class Cache:
     def __init__(self, kind: str, settings: list[Any]) -> None:
         self.kind = kind
         self.settings = settings
-        self._paths: dict[Path, Path] = {}  # of recordings -> of what is kept of them
+        self._names: dict[tuple[str, str], str] = {}  # of recordings -> of what is kept of them
 
     def fill(
         self,
@@ -45,8 +45,8 @@ class Cache:
 
         Errors: UserError if a recording can't be read, or the folder not be written to.
         """
-        self._paths = {track.path: self._path(track) for track in tracks}
-        mine = {self._paths[track.path]: track for track in tracks}  # a file linked twice is one
+        self._names = {(track.root, track.name): self._name(track) for track in tracks}
+        mine = {self._path(track): track for track in tracks}  # a file linked twice is one
         new = {path: mine[path] for path in list(mine)[rank::processes] if not path.exists()}
         if new:
             checkpoint.check_writable(folder(self.kind), "XDG_CACHE_HOME")
@@ -55,12 +55,12 @@ class Cache:
             try:
                 array = find(track)
             except ValueError as error:
-                raise UserError(f"{track.path}: {error}") from None
+                raise UserError(f"{track.place}: {error}") from None
             checkpoint.write(path, functools.partial(np.save, arr=array))
 
     def __call__(self, track: Track) -> np.ndarray:
         """What is kept of a recording, read where it is looked at. Errors: OSError."""
-        path = self._paths[track.path]
+        path = self._path(track)
         try:
             return np.load(path, mmap_mode="r")
         except (OSError, ValueError) as error:
@@ -70,7 +70,11 @@ class Cache:
             ) from None
 
     def _path(self, track: Track) -> Path:
+        return folder(self.kind) / f"{self._names[track.root, track.name]}.npy"
+
+    def _name(self, track: Track) -> str:
         status = track.path.stat()
         key = [*self.settings, str(track.path.resolve()), status.st_size, status.st_mtime_ns]
-        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-        return folder(self.kind) / f"{name}.npy"
+        if track.member:
+            key += [track.member.name, track.member.offset]
+        return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]

@@ -6,16 +6,18 @@ metadata.csv or metadata.jsonl (Hugging Face's AudioFolder), in its folder or on
 
 import csv
 import functools
+import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
-import m4a
+import audio
+from audio import Source
 from flags import UserError
 
 # audiocraft's MusicInfo; it merges these into the text, without the first two
@@ -95,79 +97,93 @@ def in_front(trigger: str | None, word: str | None, text: str) -> str:
 
 
 class Captions:
-    """The captions of the recordings below `root`; `one` is that of all of them."""
+    """The captions of the recordings among `files`; `one` is that of all of them.
 
-    def __init__(self, root: Path, *, one: str | None = None, from_tags: bool = False) -> None:
-        self.root = root
+    Files are known by their names below the dataset's folder.
+    """
+
+    def __init__(
+        self, files: Mapping[str, Source], *, one: str | None = None, from_tags: bool = False
+    ) -> None:
+        self.files = files
         self.one = one
         self.from_tags = from_tags
         self._table = functools.cache(_read_table)
 
-    def of(self, recording: Path) -> Caption:
+    def of(self, recording: str) -> Caption:
         """Errors: ValueError with reason and remedy; UserError if a whole table can't be used."""
         if self.one:
             return Caption("--caption", self.one)
         if self.from_tags:
-            return _from_tags(recording)
-        if path := _beside(recording, ".txt"):
-            text = " ".join(_read(path).split())
+            return _from_tags(self.files[recording])
+        if source := self._beside(recording, ".txt"):
+            text = " ".join(_read(source).split())
             if not text:
-                raise ValueError(f"its caption {path.name} is empty: write what is heard in it")
+                raise ValueError(f"its caption {source.name} is empty: write what is heard in it")
             return Caption(".txt files", text)
-        if path := _beside(recording, ".json"):
-            return _from_json(path)
-        for path in self._tables(recording):
-            texts = self._table(path).get(recording.relative_to(path.parent).as_posix(), [])
+        if source := self._beside(recording, ".json"):
+            return _from_json(source)
+        for folder, source in self._tables(recording):
+            texts = self._table(source).get(recording.removeprefix(folder), [])
             if len(set(texts)) > 1:
-                raise ValueError(f"{path.name} has different captions for it: keep one")
+                raise ValueError(f"{source.name} has different captions for it: keep one")
             if texts and not texts[0]:
-                raise ValueError(f"its caption in {path.name} is empty: write what is heard in it")
+                raise ValueError(
+                    f"its caption in {source.name} is empty: write what is heard in it"
+                )
             if texts:
-                return Caption(path.name, texts[0])
+                return Caption(source.name, texts[0])
+        name = PurePosixPath(recording)
         raise ValueError(
-            f"no caption: write {recording.with_suffix('.txt').name} or "
-            f"{recording.with_suffix('.json').name} beside it, or a row with its file_name and "
+            f"no caption: write {name.with_suffix('.txt').name} or "
+            f"{name.with_suffix('.json').name} beside it, or a row with its file_name and "
             'text into metadata.csv or metadata.jsonl; or give --caption="..." for all, '
             "--caption_from=tags, or --no_label=1 for none"
         )
 
-    def _tables(self, recording: Path) -> Iterator[Path]:
-        """The tables that may name it, the nearest first."""
-        for folder in (self.root / f for f in recording.relative_to(self.root).parents):
-            yield from (path for name in TABLES if (path := folder / name).is_file())
+    def _beside(self, recording: str, suffix: str) -> Source | None:
+        stem = recording[: recording.rindex(".")]
+        names = (stem + s for s in (suffix, suffix.upper()))
+        return next((self.files[name] for name in names if name in self.files), None)
+
+    def _tables(self, recording: str) -> Iterator[tuple[str, Source]]:
+        """The tables that may name it, the nearest first, and their folders ("album/")."""
+        folder = recording
+        while folder:
+            folder = folder[: folder.rfind("/", 0, -1) + 1]
+            for name in TABLES:
+                if folder + name in self.files:
+                    yield folder, self.files[folder + name]
 
 
-def _beside(recording: Path, suffix: str) -> Path | None:
-    paths = (recording.with_suffix(s) for s in (suffix, suffix.upper()))
-    return next((path for path in paths if path.exists()), None)
-
-
-def _read(path: Path) -> str:
+def _read(source: Source) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return source.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"its caption {path.name} is not UTF-8 text: save it as UTF-8") from None
+        raise ValueError(f"its caption {source.name} is not UTF-8 text: save it as UTF-8") from None
 
 
-def _from_json(path: Path) -> Caption:
+def _from_json(source: Source) -> Caption:
     try:
-        content = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"its caption {path.name} is not JSON ({error})") from None
+        content = json.loads(_read(source))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"its caption {source.name} is not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f'its caption {path.name} is not an object like {{"description": "..."}}')
+        raise ValueError(
+            f'its caption {source.name} is not an object like {{"description": "..."}}'
+        )
     try:
         caption = _caption(".json files", content)
     except ValueError as error:
-        raise ValueError(f"its caption {path.name}: {error}") from None
+        raise ValueError(f"its caption {source.name}: {error}") from None
     if not caption.plain:
         names = ", ".join(("description", *FIELDS))
-        raise ValueError(f"its caption {path.name} is empty: it has none of {names}")
+        raise ValueError(f"its caption {source.name} is empty: it has none of {names}")
     return caption
 
 
-def _from_tags(recording: Path) -> Caption:
-    tags = m4a.tags(recording)
+def _from_tags(recording: Source) -> Caption:
+    tags = audio.tags(recording)
     content: dict[str, Any] = {
         field: next((tags[name] for name in names if tags.get(name)), None)
         for field, names in TAGS.items()
@@ -214,36 +230,36 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _read_table(path: Path) -> dict[str, list[str]]:
+def _read_table(source: Source) -> dict[str, list[str]]:
     """A recording's name as seen from the table -> its captions. Errors: UserError.
 
     Rows of recordings that aren't there do no harm: one may have been moved out of the folder.
     """
     texts: dict[str, list[str]] = {}
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, row in _rows_of(path, file):
-                column = next((name for name in TEXT_COLUMNS if name in row), None)
-                if "file_name" not in row or column is None:
-                    raise ValueError(f"line {number} has no file_name, or no text (or caption)")
-                name, text = row["file_name"], row[column] or ""
-                if not isinstance(name, str) or not isinstance(text, str):
-                    raise ValueError(f"line {number}: file_name and {column} must be texts")
-                name = PurePosixPath(name.strip().replace("\\", "/")).as_posix()  # ./a.wav is a.wav
-                texts.setdefault(name, []).append(" ".join(text.split()))
+        table = io.StringIO(source.read_bytes().decode("utf-8-sig"), newline="")
+        for number, row in _rows_of(source.suffix, table):
+            column = next((name for name in TEXT_COLUMNS if name in row), None)
+            if "file_name" not in row or column is None:
+                raise ValueError(f"line {number} has no file_name, or no text (or caption)")
+            name, text = row["file_name"], row[column] or ""
+            if not isinstance(name, str) or not isinstance(text, str):
+                raise ValueError(f"line {number}: file_name and {column} must be texts")
+            name = PurePosixPath(name.strip().replace("\\", "/")).as_posix()  # ./a.wav is a.wav
+            texts.setdefault(name, []).append(" ".join(text.split()))
     except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text: save it as UTF-8") from None
-    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{source}: is not UTF-8 text: save it as UTF-8") from None
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(
-            f"{path}: can't be read as a table of captions ({error}); it needs file_name, as seen "
-            "from its folder, and text"
+            f"{source}: can't be read as a table of captions ({error}); it needs file_name, as "
+            "seen from its folder, and text"
         ) from None
     return texts
 
 
-def _rows_of(path: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows_of(suffix: str, file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) of a .csv or .jsonl. Errors: ValueError, csv.Error."""
-    if path.suffix == ".csv":
+    if suffix == ".csv":
         table = csv.DictReader(file)
         yield from ((table.line_num, row) for row in table)
         return

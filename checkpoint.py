@@ -9,12 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
-from dataset import Track
 from flags import UserError
+
+if TYPE_CHECKING:  # it imports this file
+    from dataset import Track
 
 FINAL = "lm_final.pt"
 LORA = "lora_final"
@@ -170,7 +172,7 @@ def check_space(folder: Path, needed: int, *, replacing: bool) -> None:
         )
 
 
-def fingerprint(tracks: Iterable[Track]) -> str:
+def fingerprint(tracks: Iterable["Track"]) -> str:
     """Of what a run trains on: names, lengths and captions, with the fields that some have."""
     facts = [
         (t.name, t.sample_rate, t.frames, t.caption)

@@ -18,6 +18,14 @@ def _existing_folder(value: str) -> str:
     return str(path)
 
 
+def _dataset(value: str) -> str:
+    """A folder; or shards, such as shards/train-{000..099}.tar, which are looked for later."""
+    is_shards = "://" in value or value.endswith(".tar")
+    if "://" in value:
+        return value
+    return _expanded(value) if is_shards else _existing_folder(value)
+
+
 def _existing_file(value: str) -> str:
     path = Path(value).expanduser()
     if not path.is_file():
@@ -71,6 +79,7 @@ def _some_words(value: str) -> str:
 
 Words = Annotated[str, AfterValidator(_some_words)]
 Folder = Annotated[str, AfterValidator(_existing_folder)]
+Dataset = Annotated[str, AfterValidator(_dataset)]
 AnyPath = Annotated[str, Field(min_length=1), AfterValidator(_expanded)]
 Prompts = Annotated[list[str], BeforeValidator(_prompts), Field(min_length=1)]
 Files = Annotated[
@@ -99,9 +108,10 @@ class Config(Flags):
     """
 
     # The flags of the original trainer.
-    dataset_path: Folder = Field(
+    dataset_path: Dataset = Field(
         description="folder of recordings (wav, flac, mp3, ogg, opus, aiff, m4a) and captions: "
-        "NAME.txt, NAME.json, metadata.csv or metadata.jsonl"
+        "NAME.txt, NAME.json, metadata.csv or metadata.jsonl; or WebDataset shards of them: such a "
+        "folder, shards/train-{000..099}.tar, or that as a URL"
     )
     model_id: str = Field(
         "small",
@@ -248,10 +258,10 @@ class Config(Flags):
     )
 
     # Validation and samples.
-    valid_path: Folder | None = Field(
+    valid_path: Dataset | None = Field(
         None,
-        description="folder of held-out recordings, with captions, for the validation loss; "
-        "None = off",
+        description="folder or shards of held-out recordings, with captions, for the validation "
+        "loss; None = off",
     )
     valid_split: float = Field(
         0.0, ge=0, lt=1, description="share of the dataset's files held out instead; 0 = off"
@@ -453,7 +463,7 @@ class CheckConfig(Flags):
     Example: python prepare.py check my_music --fix=my_music_usable
     """
 
-    folder: Folder = Field(description="folder to look at, as --dataset_path of run.py")
+    folder: Dataset = Field(description="folder or shards to look at, as --dataset_path of run.py")
     fix: AnyPath | None = Field(
         None,
         description="new folder to copy what is usable to: not broken, not silent, no duplicates; "

@@ -7,49 +7,57 @@ and split over processes without a change in what it sees.
 
 import hashlib
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import soundfile as sf
-import soxr
 import torch
 from torch.utils.data import Dataset
 
-import m4a
+import audio
+import shards
+from audio import SUFFIXES, Source
 from captions import PLAIN, Caption, Captions, Merging
 from flags import UserError, first_lines
+from shards import Member
 
 if TYPE_CHECKING:  # it imports this file
     from melody import Melodies
     from tokens import Tokens
 
-SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".m4a")
-MIN_CLIP_SEC = 0.5
-SAMPLE_RATES_HZ = (4_000, 768_000)  # outside of these a header is damaged, not unusual
-MAX_CHANNELS = 32
-STREAMED_BYTES = 0x7FFF0000  # a data size from here on is a streaming writer's "not known yet"
-TRUNCATED = re.compile(r"(?:data|SSND) : (\d+) \(should be (\d+)\)")  # from libsndfile's header log
-SCAN_BLOCK_SEC = 60
-OGG_PAGE = 2**18  # more frames than a page of Vorbis usually has: 255 packets of 1024
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Track:
-    """One recording on disk, its length in its own frames, and its caption.
+    """One recording, its length in its own frames, and its caption.
 
+    It is the file `name` in the folder `root`, or a member of a shard.
     `written` is the caption as it was found, None without captions.
     """
 
-    path: Path
+    root: str
     name: str
+    member: Member | None
     caption: str
     sample_rate: int
     frames: int
     written: Caption | None = None
+
+    @property
+    def source(self) -> Source:
+        """Where to read it."""
+        return self.member or self.path
+
+    @property
+    def path(self) -> Path:
+        """The file on disk that it is in."""
+        return self.member.tar if self.member else Path(self.root, self.name)
+
+    @property
+    def place(self) -> str:
+        """What it is called to the user."""
+        return f"{self.path}/{self.member.name}" if self.member else str(self.path)
 
     @property
     def duration_sec(self) -> float:
@@ -57,8 +65,8 @@ class Track:
 
     @property
     def key(self) -> str:
-        """What its crops are drawn by: an album's flac twin has those of the wav."""
-        return _as_wav(self.name)
+        """What its crops are drawn by: those of a flac, or in a shard, are those of the wav."""
+        return _as_wav(self.member.name if self.member else self.name)
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ def scan(
     caption: str | None = None,
     from_tags: bool = False,
 ) -> list[Track]:
-    """Find and check the recordings below a folder, decoding none but those that may hold NaN.
+    """Find and check the recordings of a dataset, decoding none but those that may hold NaN.
 
     `caption` is for all, `from_tags` takes the files' own tags; else see captions.py.
     Errors: a UserError that names every file which can't be used, and why.
@@ -137,55 +145,98 @@ def find(
 
     Errors: UserError if there is none of either.
     """
-    root = Path(folder)
-    paths = sorted(
-        (
-            path
-            for path in _walk(root)
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-        ),
-        key=lambda path: Path(_as_wav(str(path))),  # twins are trained in the same order
+    files, problems = _files(folder)
+    names = sorted(
+        (name for name in files if _is_recording(name)),
+        key=lambda name: Path(_as_wav(name)),  # twins are trained in the same order
     )
-    if not paths:
+    if not names and not problems:
         raise UserError(
             f"{folder}: no recordings in this folder ({' '.join(SUFFIXES)}); put each there as "
             "NAME.wav beside its caption NAME.txt"
         )
-    captions = Captions(root, one=caption, from_tags=from_tags)
-    tracks, problems, seen = [], [], dict[Path, str]()
-    for path in paths:
-        name = path.relative_to(root).as_posix()
+    captions = Captions(files, one=caption, from_tags=from_tags)
+    tracks, seen = [], dict[str, str]()
+    for name in names:
         try:
             _check_name(name)
-            twin = seen.setdefault(path.with_suffix(""), name)
+            twin = seen.setdefault(name[: name.rindex(".")], name)
             if twin != name:  # mostly one recording twice, and then counted twice
                 raise ValueError(f"has the same name as {twin}, and so its caption: keep one")
-            written = captions.of(path) if with_captions else None
-            sample_rate, frames = _check_audio(path)
+            written = captions.of(name) if with_captions else None
+            source = files[name]
+            sample_rate, frames = audio.check(source)
         except (OSError, ValueError) as error:  # soundfile's errors are both, here, and ours
             problems.append(f"{name}: {error}")
         else:
             text = written.plain if written else ""
-            tracks.append(Track(path, name, text, sample_rate, frames, written))
+            member = source if isinstance(source, Member) else None
+            tracks.append(Track(folder, name, member, text, sample_rate, frames, written))
     return tracks, problems
+
+
+class _Files(Mapping[str, Source]):
+    """All files of a dataset by name: on disk below `root`, or in its shards."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.names: set[str] = set()  # on disk
+        self.members: dict[str, Member] = {}
+
+    def __getitem__(self, name: str) -> Source:
+        if name in self.names:
+            return Path(self.root, name)
+        return self.members[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names or name in self.members
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.names
+        yield from self.members
+
+    def __len__(self) -> int:
+        return len(self.names) + len(self.members)
+
+
+def _files(dataset_path: str) -> tuple[_Files, list[str]]:
+    """What is in a folder, or in the shards that a path with braces names; and bad shards."""
+    files, problems = _Files(dataset_path), []
+    if shards.is_shards(dataset_path):
+        tars = shards.find(dataset_path)
+    else:
+        files.names.update(_walk(Path(dataset_path)))
+        tars = {n: Path(dataset_path, n) for n in files.names if n.lower().endswith(".tar")}
+    for name, tar in sorted(tars.items()):
+        members, wrong = shards.members(tar)
+        files.members.update((f"{name}/{member.name}", member) for member in members.values())
+        problems += [f"{name}: {what}" for what in wrong]
+    return files, problems
+
+
+def _is_recording(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def _as_wav(name: str) -> str:
     """A recording's name with another suffix replaced by .wav; a .WAV stays as it is."""
-    path = Path(name)
+    path = PurePosixPath(name)
     return name if path.suffix.lower() == ".wav" else path.with_suffix(".wav").as_posix()
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """All files below a folder, through links too, but into each folder once."""
+def _walk(root: Path) -> Iterator[str]:
+    """Names of all files below a folder, through links too, but into each folder once."""
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True):
-        real = Path(folder).resolve()
+        real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        yield from (Path(folder) / name for name in names)
+        below = Path(folder).relative_to(root).as_posix()
+        prefix = "" if below == "." else f"{below}/"
+        yield from (prefix + name for name in names)
 
 
 def _check_name(name: str) -> None:
@@ -193,115 +244,6 @@ def _check_name(name: str) -> None:
         name.encode()
     except UnicodeEncodeError:
         raise ValueError("its name is not UTF-8: rename it") from None
-
-
-def _check_audio(path: Path) -> tuple[int, int]:
-    """(sample rate in Hz, frames) of what can be trained on, or a ValueError why not."""
-    if path.stat().st_size == 0:
-        raise ValueError("the file is empty (0 bytes)")
-    if path.suffix.lower() == ".m4a":
-        rate, channels, frames = m4a.check(path)
-        _check_facts(rate, channels, frames)
-        return rate, frames
-    try:
-        with sf.SoundFile(path) as file:
-            _check_header(file)
-            try:
-                has_end = len(_read(file, file.frames - 1, 1)) == 1
-            except sf.SoundFileError:  # flac
-                has_end = False
-            if not has_end:
-                raise ValueError(
-                    f"truncated or damaged: its header says {file.frames / file.samplerate:.2f} s "
-                    "of audio, and the end can't be read"
-                )
-            if file.subtype in ("FLOAT", "DOUBLE"):  # only these can hold NaN
-                file.seek(0)
-                for block in file.blocks(SCAN_BLOCK_SEC * file.samplerate, dtype="float32"):
-                    if not np.isfinite(block).all():
-                        raise ValueError("holds samples that are not finite (NaN or infinity)")
-            return file.samplerate, file.frames
-    except sf.SoundFileError as error:
-        raise ValueError(f"can't be read as audio ({_reason(error)})") from None
-
-
-def _read(file: sf.SoundFile, start: int, frames: int) -> np.ndarray:  # [frames, channels]
-    """Decode `frames` frames from `start` on.
-
-    They are those of the whole decoded file; of Opus at low rates to 0.003, as its decoder takes
-    long to settle after a seek.
-    """
-    first = start
-    if file.format == "OGG":  # libsndfile seeks to a wrong place within the last page
-        first = min(start, max(0, file.frames - OGG_PAGE))
-    file.seek(first)
-    return file.read(start - first + frames, dtype="float32", always_2d=True)[start - first :]
-
-
-def length(path: Path) -> tuple[int, int]:
-    """(sample rate in Hz, frames) of a recording. Errors: ValueError."""
-    if path.suffix.lower() == ".m4a":
-        rate, _, frames = m4a.check(path)
-        return rate, frames
-    try:
-        info = sf.info(path)
-    except sf.SoundFileError as error:
-        raise ValueError(str(error)) from None
-    return info.samplerate, info.frames
-
-
-def _check_header(file: sf.SoundFile) -> None:
-    sizes = TRUNCATED.search(file.extra_info)
-    declared, found = map(int, sizes.groups()) if sizes else (0, 0)
-    if found < declared < STREAMED_BYTES:
-        raise ValueError(f"truncated: its header says {declared} bytes of audio, {found} are there")
-    _check_facts(file.samplerate, file.channels, file.frames)
-
-
-def _check_facts(sample_rate: int, channels: int, frames: int) -> None:
-    low, high = SAMPLE_RATES_HZ
-    if not low <= sample_rate <= high or channels > MAX_CHANNELS:
-        raise ValueError(
-            f"its header says {sample_rate} Hz and {channels} channels, which can't be "
-            "right: it is damaged"
-        )
-    if frames == 0:
-        raise ValueError("its header says that it holds no audio (zero length)")
-    if frames < MIN_CLIP_SEC * sample_rate:
-        raise ValueError(f"too short: {frames / sample_rate:.2f} s; at least {MIN_CLIP_SEC} s")
-
-
-def _reason(error: sf.SoundFileError) -> str:
-    return str(getattr(error, "error_string", error)).rstrip(".") or "it is damaged"
-
-
-def read_crop(
-    path: Path, start: int, frames: int, sample_rate: int, channels: int
-) -> np.ndarray:  # [C, samples]
-    """Decode and resample `frames` frames of a file from frame `start` on, and nothing else.
-
-    Mono models get the mean of all channels, stereo ones the first two, or the one twice.
-    Errors: ValueError that says what is wrong with the file.
-    """
-    try:
-        if path.suffix.lower() == ".m4a":
-            wav, source_rate = m4a.read(path, start, frames)  # [frames, channels]
-        else:
-            with sf.SoundFile(path) as file:
-                wav, source_rate = _read(file, start, frames), file.samplerate
-    except (sf.SoundFileError, OSError) as error:
-        raise ValueError(f"can't be read ({_reason(error)})") from None
-    if len(wav) < frames:
-        raise ValueError(f"ends after {start + len(wav)} frames; it has changed since the start")
-    if not np.isfinite(wav).all():
-        raise ValueError("holds samples that are not finite (NaN or infinity)")
-    if channels == 1:
-        wav = wav.mean(axis=1, keepdims=True)
-    elif wav.shape[1] != channels:
-        wav = wav[:, :channels] if wav.shape[1] > channels else np.repeat(wav, channels, axis=1)
-    if source_rate != sample_rate:
-        wav = soxr.resample(wav, source_rate, sample_rate)
-    return np.ascontiguousarray(wav.T)
 
 
 class Clips(Dataset[Clip]):
@@ -371,7 +313,7 @@ class Clips(Dataset[Clip]):
                 codes[:, : part.shape[1]] = part
                 valid = part.shape[1] * self.tokens.hop
             elif pick.weight and wav is not None:
-                crop = read_crop(track.path, start, frames, self.sample_rate, self.channels)
+                crop = audio.read_crop(track.source, start, frames, self.sample_rate, self.channels)
                 valid = min(crop.shape[1], self.samples)
                 wav[:, :valid] = crop[:, :valid]
             if self.melodies:
@@ -379,9 +321,9 @@ class Clips(Dataset[Clip]):
                 if pick.weight and not unconditional and rng.random() >= self.drop_melody:
                     melody = self.melodies.crop(track, start, frames)
         except ValueError as error:
-            problem = f"{track.path}: {error}; mend it or move it out of the folder"
+            problem = f"{track.place}: {error}; mend it or move it out of the folder"
         except OSError as error:  # of the cache
-            problem = f"{track.path}: {error}"
+            problem = f"{track.place}: {error}"
         return Clip(
             wav=None if wav is None else torch.from_numpy(wav),
             valid_samples=valid,

@@ -181,7 +181,7 @@ def _read(
     """A recording, or its last seconds, `[C, samples]` at the model's rate. Errors: UserError."""
     import torch
 
-    from dataset import length, read_crop
+    from audio import length, read_crop
 
     try:
         rate, whole = length(Path(path))

@@ -6,7 +6,7 @@ has other noise than the whole file, and the same each time.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -15,19 +15,21 @@ import numpy as np
 PREROLL = 8_192
 
 
-def check(path: Path) -> tuple[int, int, int]:
+def check(file: str | BinaryIO) -> tuple[int, int, int]:
     """(sample rate in Hz, channels, frames) of a recording; decodes its end.
 
     Errors: ValueError that says what is wrong with the file.
     """
     try:
-        with _open(path) as file:
-            stream = file.streams.audio[0]
+        with _open(file) as container:
+            stream = container.streams.audio[0]
             rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
             declared = int((stream.duration or 0) * (stream.time_base or 0) * rate)
             end = 0
             if declared:
-                end = max((at + len(wav) for at, wav in _decode(file, declared - 1)), default=0)
+                end = max(
+                    (at + len(wav) for at, wav in _decode(container, declared - 1)), default=0
+                )
     except av.FFmpegError as error:
         raise ValueError(f"can't be read as audio ({error.strerror})") from None
     if end < declared - PREROLL:
@@ -38,16 +40,16 @@ def check(path: Path) -> tuple[int, int, int]:
     return rate, channels, min(declared, end)  # the last frame may be padded
 
 
-def read(path: Path, start: int, frames: int) -> tuple[np.ndarray, int]:
+def read(file: str | BinaryIO, start: int, frames: int) -> tuple[np.ndarray, int]:
     """(wav `[frames, channels]`, sample rate in Hz); less than `frames` where the file ends.
 
     Errors: ValueError that says what is wrong with the file.
     """
     pieces, stop = [], start + frames
     try:
-        with _open(path) as file:
-            rate = file.streams.audio[0].codec_context.sample_rate
-            for at, wav in _decode(file, start):
+        with _open(file) as container:
+            rate = container.streams.audio[0].codec_context.sample_rate
+            for at, wav in _decode(container, start):
                 if at >= stop:
                     break
                 pieces.append(wav[max(0, start - at) : max(0, stop - at)])
@@ -56,31 +58,33 @@ def read(path: Path, start: int, frames: int) -> tuple[np.ndarray, int]:
     return np.concatenate(pieces) if pieces else np.zeros((0, 1), np.float32), rate
 
 
-def tags(path: Path) -> dict[str, str]:
+def tags(file: str | BinaryIO) -> dict[str, str]:
     """The tags of a recording of any format, their names in lower case. Errors: ValueError."""
     try:
-        with _open(path) as file:  # ogg has them with the stream
-            found = {**file.metadata, **file.streams.audio[0].metadata}
+        with _open(file) as container:  # ogg has them with the stream
+            found = {**container.metadata, **container.streams.audio[0].metadata}
     except av.FFmpegError as error:
         raise ValueError(f"its tags can't be read ({error.strerror})") from None
     return {name.lower(): value for name, value in found.items()}
 
 
-def _open(path: Path) -> "av.container.InputContainer":
-    file = av.open(str(path), metadata_errors="replace")
-    if not file.streams.audio:
-        file.close()
+def _open(file: str | BinaryIO) -> "av.container.InputContainer":
+    container = av.open(file, "r", metadata_errors="replace")
+    if not container.streams.audio:
+        container.close()
         raise ValueError("holds no audio")
-    return file
+    return container
 
 
-def _decode(file: "av.container.InputContainer", start: int) -> Iterator[tuple[int, np.ndarray]]:
+def _decode(
+    container: "av.container.InputContainer", start: int
+) -> Iterator[tuple[int, np.ndarray]]:
     """(first frame's number, wav `[frames, channels]`) of the blocks from before `start` on."""
-    stream = file.streams.audio[0]
+    stream = container.streams.audio[0]
     rate, unit = stream.codec_context.sample_rate, stream.time_base or 1
     if start > PREROLL:
-        file.seek(int((start - PREROLL) / rate / unit), stream=stream)
+        container.seek(int((start - PREROLL) / rate / unit), stream=stream)
     as_float = av.AudioResampler(format="fltp")
-    for block in file.decode(stream):
+    for block in container.decode(stream):
         for part in as_float.resample(block):
             yield round((part.pts or 0) * (part.time_base or 0) * rate), part.to_ndarray().T

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import dataset
+import audio
 from cache import Cache
 from dataset import Track
 from flags import UserError, is_out_of_memory
@@ -158,7 +158,7 @@ def _blocks(conditioner: MelodyConditioner, track: Track) -> Iterator[np.ndarray
         begin = first * hop * track.sample_rate // rate  # in the file's own frames
         end = (start + block + margin) * hop * track.sample_rate // rate
         end = min(track.frames, end)
-        wav = dataset.read_crop(track.path, begin, end - begin, rate, 1)  # [1, samples]
+        wav = audio.read_crop(track.source, begin, end - begin, rate, 1)  # [1, samples]
         on_device = torch.from_numpy(wav)[None].to(conditioner.device)  # [1, 1, samples]
         chroma = conditioner._compute_wav_embedding(on_device, rate)[0]
         yield chroma[start - first :][:block].cpu().numpy()

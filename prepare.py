@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
+import audio
 import checkpoint
 import dataset
 from config import CheckConfig
@@ -152,7 +153,7 @@ def listen(track: Track) -> Sound:
 def _blocks(track: Track) -> Iterator[np.ndarray]:
     for start in range(0, track.frames, BLOCK_SEC * track.sample_rate):
         frames = min(BLOCK_SEC * track.sample_rate, track.frames - start)
-        yield dataset.read_crop(track.path, start, frames, track.sample_rate, channels=2)
+        yield audio.read_crop(track.source, start, frames, track.sample_rate, channels=2)
 
 
 def _db(amplitude: float) -> float:

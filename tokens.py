@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-import dataset
+import audio
 import musicgen
 from cache import Cache
 from dataset import Track
@@ -75,8 +75,8 @@ def _blocks(model: MusicGen, track: Track, batch_size: int) -> Iterator[np.ndarr
     groups = [full[i : i + batch_size] for i in range(0, len(full), batch_size)]
     for group in [*groups, last]:
         wavs = [
-            dataset.read_crop(
-                track.path,
+            audio.read_crop(
+                track.source,
                 begin,
                 min(WINDOW_SEC * source, track.frames - begin),
                 model.sample_rate,

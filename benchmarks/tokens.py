@@ -21,9 +21,10 @@ from pathlib import Path
 
 import fire
 import numpy as np
+import soundfile as sf
 import torch
 
-import dataset
+import audio
 import musicgen
 from benchmarks.data import CROP_SEC, MODEL_RATE_HZ, make_clips, write_track
 from dataset import Clips, Track, scan
@@ -43,7 +44,7 @@ def _encode(model: MusicGen, wav: np.ndarray) -> np.ndarray:
 
 
 def _read(model: MusicGen, track: Track) -> np.ndarray:
-    return dataset.read_crop(track.path, 0, track.frames, model.sample_rate, model.audio_channels)
+    return audio.read_crop(track.source, 0, track.frames, model.sample_rate, model.audio_channels)
 
 
 def _row(equal: np.ndarray) -> str:
@@ -79,9 +80,9 @@ def blocks() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
         tracks = scan(str(DATASET / "train"))
-        parts = [dataset.read_crop(t.path, 0, t.frames, t.sample_rate, 1) for t in tracks]
+        parts = [audio.read_crop(t.source, 0, t.frames, t.sample_rate, 1) for t in tracks]
         path = Path(folder) / "all.wav"
-        dataset.sf.write(path, np.concatenate(parts, 1).T, tracks[0].sample_rate)
+        sf.write(path, np.concatenate(parts, 1).T, tracks[0].sample_rate)
         (track,) = scan(folder, with_captions=False)
         tokens = Tokens(model)
         tokens.prepare(model, [track], 1)

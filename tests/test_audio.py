@@ -8,8 +8,9 @@ import pytest
 import soundfile as sf
 import torch
 
-import dataset
-from dataset import Batch, Clips, Pick, collate, read_crop, scan
+import audio
+from audio import read_crop
+from dataset import Batch, Clips, Pick, collate, scan
 
 RATE = 32_000  # of the models
 
@@ -252,7 +253,7 @@ def test_a_file_one_frame_too_long_is_still_cropped(tmp_path, monkeypatch):
     folder = pair(tmp_path, [*ramp(1.0, 8_000), 1.0], 8_000, "FLOAT")
     starts = []
     monkeypatch.setattr(
-        dataset,
+        audio,
         "read_crop",
         lambda path, start, *rest: starts.append(start) or read_crop(path, start, *rest),
     )

@@ -11,7 +11,7 @@ import soundfile as sf
 import torch
 from conftest import build_demucs, tone, use_hub, weights, write_pairs
 
-import dataset
+import audio
 import generate
 import musicgen
 import published
@@ -128,7 +128,7 @@ def test_stereo_stays_stereo_for_stereo_models_only(folders, tmp_path):
         model = musicgen.load(str(folders[name]), CPU)
         for path in sorted(data.glob("*.wav")):
             wav = torch.from_numpy(
-                dataset.read_crop(path, 0, 32_000, model.sample_rate, model.audio_channels)
+                audio.read_crop(path, 0, 32_000, model.sample_rate, model.audio_channels)
             )
             wavs[name, path.stem] = wav, musicgen.encode_audio(model, wav[None])[0]
     both, mono = sf.read(data / "clip0.wav", dtype="float32")[0].T, wavs["small", "clip0"][0]

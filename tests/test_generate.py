@@ -15,7 +15,7 @@ import generate
 import musicgen
 import run
 import sampling
-from dataset import read_crop
+from audio import read_crop
 from musicgen import MusicGen
 
 HOP = 640  # samples in a frame, at 32 kHz and 50 frames/s

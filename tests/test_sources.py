@@ -19,9 +19,10 @@ import checkpoint
 import dataset
 import m4a
 import session
+from audio import read_crop
 from captions import Caption, Merging, in_front
 from config import Config
-from dataset import Clips, Pick, read_crop, scan
+from dataset import Clips, Pick, scan
 from flags import UserError, build
 
 RATE = 48_000  # one that all formats have

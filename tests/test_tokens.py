@@ -13,8 +13,8 @@ from conftest import build_demucs, metrics, tiny_config, tone, weights
 from huggingface_hub import constants
 from test_processes import assert_same_run, launch
 
+import audio
 import cache
-import dataset
 import memory
 import musicgen
 import run
@@ -81,7 +81,7 @@ def test_training_neither_decodes_nor_encodes_and_learns_the_same(
         raise AssertionError
 
     monkeypatch.setattr(musicgen, "encode_audio", fail)
-    monkeypatch.setattr(dataset, "read_crop", fail)
+    monkeypatch.setattr(audio, "read_crop", fail)
     fit(model_folder, data, "kept", **flags, cache_tokens=True)
     curves = {}
     for name in ("plain", "kept"):
@@ -191,9 +191,9 @@ def test_crops_are_those_of_the_files_to_within_half_a_frame(
 ):
     data = make_pairs(seconds=(5.013,), sample_rate=sample_rate)
     model, found, tracks = prepared(mono_folder, data)
-    read, starts = dataset.read_crop, []
+    read, starts = audio.read_crop, []
     monkeypatch.setattr(
-        dataset,
+        audio,
         "read_crop",
         lambda path, start, *how: starts.append(start) or read(path, start, *how),
     )
