@@ -474,3 +474,63 @@ class CheckConfig(Flags):
     batch_size: int = Field(4, ge=1, description="as for run.py: clips in a batch")
     grad_acc: int = Field(2, ge=1, description="as for run.py: batches for one optimizer step")
     picture: AnyPath = Field("check.png", description="where the picture goes")
+
+
+class CleanConfig(Flags):
+    """Clean a dataset's recordings before training: a new folder of flac files and captions.
+
+    Example: python prepare.py clean my_music my_music_clean --split_silences=1 --loudness=-14
+    """
+
+    folder: Folder = Field(description="folder of recordings, as --dataset_path of run.py")
+    out: AnyPath = Field(
+        description="new folder for the cleaned ones, outside of it; a stopped run goes on there"
+    )
+    remove_vocals: bool = Field(
+        False, description="take the singing out, with demucs (stereo or mono); 0 = off"
+    )
+    split_silences: bool = Field(
+        False, description="cut at silences of 1 s or more, into NAME_001 and so on; 0 = off"
+    )
+    silence_db: float = Field(
+        -50.0, lt=0, ge=-120, description="what counts as silence: RMS below this, of full scale"
+    )
+    piece_sec: float = Field(
+        30.0,
+        ge=1,
+        description="seconds; a shorter piece is joined to the next one, unless as much silence "
+        "lies between them",
+    )
+    loudness: float | None = Field(
+        None,
+        ge=-60,
+        lt=0,
+        description="bring every file to this loudness (LUFS, such as -14), less where its peak "
+        "would go beyond -1 dBFS; None = off",
+    )
+    caption_from: Literal["auto", "tags"] = Field(
+        "auto", description="as for run.py; those from tables or tags are written as NAME.txt"
+    )
+    no_label: bool = Field(False, description="as for run.py: captions are not needed")
+    device: Device = Field("auto", description="of demucs: auto, cuda, mps or cpu")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "CleanConfig":
+        problems = []
+        if not (self.remove_vocals or self.split_silences or self.loudness is not None):
+            problems.append(
+                "nothing to do: give --remove_vocals=1, --split_silences=1 or --loudness=-14"
+            )
+        if self.no_label and "caption_from" in self.model_fields_set:
+            problems.append("--caption_from and --no_label exclude each other: give one of them")
+        needs = [
+            ("silence_db", self.split_silences, "--split_silences=1"),
+            ("piece_sec", self.split_silences, "--split_silences=1"),
+            ("device", self.remove_vocals, "--remove_vocals=1"),
+        ]
+        for name, has_it, need in needs:
+            if name in self.model_fields_set and not has_it:
+                problems.append(f"--{name} does nothing without {need}: add that, or leave it out")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self

@@ -58,25 +58,7 @@ class MelodyConditioner(ChromaStemConditioner):
 
     @functools.cached_property
     def demucs(self) -> Any:
-        try:
-            from demucs.hf import get_hf_model
-        except ImportError:
-            raise UserError(
-                "the melody of a recording is taken with demucs, which is not installed: "
-                'pip install "demucs>=4.1"; or train with --drop_melody=1, on captions alone'
-            ) from None
-        try:
-            demucs = get_hf_model("htdemucs")
-        except Exception as error:  # offline, no space, no access: each a class of its own
-            if is_out_of_memory(error):
-                raise
-            lines = str(error).strip().splitlines() or ["no reason given"]
-            raise UserError(
-                "demucs' weights (adefossez/HTDemucs) are not in the Hugging Face cache and could "
-                f"not be downloaded ({type(error).__name__}: {lines[0]}): connect to the network "
-                "once, or train with --drop_melody=1, on captions alone"
-            ) from None
-        return demucs.to(self.device).eval()
+        return load_demucs(self.device, "train with --drop_melody=1, on captions alone")
 
     @torch.no_grad()
     def _get_stemmed_wav(self, wav: torch.Tensor, sample_rate: int) -> torch.Tensor:
@@ -102,6 +84,31 @@ class MelodyConditioner(ChromaStemConditioner):
         """The melody of no recording, `[chroma_len, P]`."""
         silence = torch.zeros(1, 1, device=self.device)
         return self._extract_chroma(silence)[0, :1].expand(self.chroma_len, -1)
+
+
+def load_demucs(device: torch.device | str, without: str) -> Any:
+    """htdemucs, to be called by `demucs.apply.apply_model`.
+
+    Errors: UserError if it isn't there; `without` says what can be done then.
+    """
+    try:
+        from demucs.hf import get_hf_model
+    except ImportError:
+        raise UserError(
+            f'demucs is not installed: pip install "demucs>=4.1"; or {without}'
+        ) from None
+    try:
+        demucs = get_hf_model("htdemucs")
+    except Exception as error:  # offline, no space, no access: each a class of its own
+        if is_out_of_memory(error):
+            raise
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        raise UserError(
+            "demucs' weights (adefossez/HTDemucs) are not in the Hugging Face cache and could "
+            f"not be downloaded ({type(error).__name__}: {lines[0]}): connect to the network "
+            f"once, or {without}"
+        ) from None
+    return demucs.to(device).eval()
 
 
 class Melodies:

@@ -1,4 +1,4 @@
-"""Look at a dataset before training on it: `python prepare.py check my_music`."""
+"""Look at a dataset before training on it, `python prepare.py check my_music`; or clean it."""
 
 import hashlib
 import math
@@ -20,16 +20,19 @@ from tqdm import tqdm
 import audio
 import checkpoint
 import dataset
-from config import CheckConfig
+from clean import clean
+from config import CheckConfig, CleanConfig
 from dataset import Track
 from flags import UserError, first_lines, parse, plain_errors
 from report import format_seconds
 
 USAGE = """usage: python prepare.py check FOLDER [--flag=value ...]
+       python prepare.py clean FOLDER OUT [--flag=value ...]
 
   check    what training would see, and what is wrong with it
+  clean    without vocals, cut at silences, equally loud: into a new folder
 
-python prepare.py check --help lists the flags."""
+python prepare.py check --help lists the flags; clean --help too."""
 BLOCK_SEC = 30
 SILENT_DB, CLIPPED = -60.0, 0.999  # of full scale; the peak of a block is silent or clips
 QUIET_DB = -40.0
@@ -47,11 +50,14 @@ class Sound(NamedTuple):
 
 def main() -> None:
     with plain_errors("Close other programs: the pictures and the sound of one block are small."):
-        if sys.argv[1:2] != ["check"]:
+        if sys.argv[1:2] not in (["check"], ["clean"]):
             print(USAGE)
             sys.exit(0 if {"--help", "-h"} & set(sys.argv[1:]) else 2)
-        del sys.argv[1]
-        if not check(parse(CheckConfig, positional=("folder",))):
+        if sys.argv.pop(1) == "check":
+            is_good = check(parse(CheckConfig, positional=("folder",)))
+        else:
+            is_good = clean(parse(CleanConfig, positional=("folder", "out")))
+        if not is_good:
             sys.exit(1)
 
 

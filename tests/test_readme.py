@@ -5,9 +5,9 @@ import re
 import pytest
 from conftest import ROOT
 
-from config import CheckConfig, Config, Flags, GenerateConfig, MergeConfig
+from config import CheckConfig, CleanConfig, Config, Flags, GenerateConfig, MergeConfig
 
-COMMANDS = [Config, GenerateConfig, MergeConfig, CheckConfig]
+COMMANDS = [Config, GenerateConfig, MergeConfig, CheckConfig, CleanConfig]
 
 
 def row(name: str, flags: type[Flags]) -> str:
