@@ -37,17 +37,16 @@ def check(source: Source) -> tuple[int, int]:
         return _check_sound(file)
 
 
-def length(source: Source) -> tuple[int, int]:
-    """(sample rate in Hz, frames) of a recording. Errors: ValueError."""
+def header(source: Source) -> tuple[int, int, int]:
+    """(sample rate in Hz, channels, frames) of a recording. Errors: ValueError."""
     with _opened(source) as file:
         if _is_m4a(source):
-            rate, _, frames = m4a.check(file)
-            return rate, frames
+            return m4a.check(file)
         try:
             info = sf.info(file)
         except sf.SoundFileError as error:
             raise ValueError(str(error)) from None
-    return info.samplerate, info.frames
+    return info.samplerate, info.channels, info.frames
 
 
 def read_crop(

@@ -45,7 +45,10 @@ class Cache:
 
         Errors: UserError if a recording can't be read, or the folder not be written to.
         """
-        self._names = {(track.root, track.name): self._name(track) for track in tracks}
+        try:
+            self._names = {(track.root, track.name): self._name(track) for track in tracks}
+        except OSError as error:
+            raise UserError(f"{error.filename}: is no longer there ({error.strerror})") from None
         mine = {self._path(track): track for track in tracks}  # a file linked twice is one
         new = {path: mine[path] for path in list(mine)[rank::processes] if not path.exists()}
         if new:
@@ -62,7 +65,7 @@ class Cache:
         """What is kept of a recording, read where it is looked at. Errors: OSError."""
         path = self._path(track)
         try:
-            return np.load(path, mmap_mode="r")
+            return np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError) as error:
             raise OSError(
                 f"{path}, one of the {self.kind} kept of recordings, can't be read ({error}): "

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -89,11 +90,10 @@ def in_front(trigger: str | None, word: str | None, text: str) -> str:
 
     Example: "slow piano" -> "my-style, slow piano"
     """
+    has_trigger = not trigger or re.match(rf"{re.escape(trigger)}(?!\w)", text)
     if word:
         text = put_in_front(word, text)
-    if trigger and not re.match(rf"{re.escape(trigger)}(?!\w)", text):
-        text = f"{trigger}, {text}"
-    return text
+    return text if has_trigger else f"{trigger}, {text}"
 
 
 class Captions:
@@ -164,9 +164,10 @@ def _read(source: Source) -> str:
 
 
 def _from_json(source: Source) -> Caption:
+    text = _read(source)
     try:
-        content = json.loads(_read(source))
-    except (json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"its caption {source.name} is not JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(
@@ -214,12 +215,13 @@ def _text(name: str, value: Any) -> str:
         return ""
     if name == "bpm":
         if not _is_number(value):
-            raise ValueError(f"bpm is {value!r}, not a number")
+            raise ValueError(f"bpm is {reprlib.repr(value)}, not a number")
         return str(float(value)) if float(value) else ""
     items = value if isinstance(value, list) else [value]
     if not all(isinstance(item, str) or _is_number(item) for item in items):
-        raise ValueError(f"{name} is {value!r}, not a text or a list of texts")
-    text = ", ".join(words for item in items if (words := " ".join(str(item).split())))
+        raise ValueError(f"{name} is {reprlib.repr(value)}, not a text or a list of texts")
+    words = [" ".join(str(item).split()) for item in items]
+    text = ", ".join(word for word in words if word not in ("", "None"))
     return text if name in ("description", "title", "artist") else text.lower()
 
 
@@ -260,8 +262,14 @@ def _read_table(source: Source) -> dict[str, list[str]]:
 def _rows_of(suffix: str, file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) of a .csv or .jsonl. Errors: ValueError, csv.Error."""
     if suffix == ".csv":
-        table = csv.DictReader(file)
-        yield from ((table.line_num, row) for row in table)
+        table = csv.DictReader(file, strict=True)
+        for row in table:
+            if None in row:
+                raise ValueError(
+                    f"line {table.line_num} has more columns than the first: put a text with "
+                    'commas into quotes, "like, this"'
+                )
+            yield table.line_num, row
         return
     for number, line in enumerate(file, start=1):
         if line.strip():

@@ -21,9 +21,9 @@ import soxr
 import torch
 from tqdm import tqdm
 
+import audio
 import checkpoint
 import dataset
-import m4a
 from config import CleanConfig
 from dataset import Track
 from flags import UserError, first_lines
@@ -168,12 +168,11 @@ def _blocks(track: Track) -> Iterator[np.ndarray]:  # [frames, C]
     rate, channels = track.sample_rate, _channels(track)
     for start in range(0, track.frames, BLOCK_SEC * rate):
         frames = min(BLOCK_SEC * rate, track.frames - start)
-        yield dataset.read_crop(track.path, start, frames, rate, channels).T
+        yield audio.read_crop(track.source, start, frames, rate, channels).T
 
 
 def _channels(track: Track) -> int:
-    is_m4a = track.path.suffix.lower() == ".m4a"
-    channels = m4a.check(track.path)[1] if is_m4a else sf.info(track.path).channels
+    _, channels, _ = audio.header(track.source)
     if channels > FLAC_CHANNELS or track.sample_rate > FLAC_RATE_HZ:
         raise ValueError(f"no flac can hold {channels} channels at {track.sample_rate} Hz")
     return channels
@@ -204,8 +203,8 @@ def _without_vocals(demucs: Any, track: Track) -> Iterator[np.ndarray]:  # [fram
     for start in range(0, track.frames, block):
         first = max(0, start - block * 2 // STRIDES)  # 2: a whole number of frames at most rates
         last = min(track.frames, start + block + segment)
-        wav = dataset.read_crop(
-            track.path, first, last - first, demucs.samplerate, demucs.audio_channels
+        wav = audio.read_crop(
+            track.source, first, last - first, demucs.samplerate, demucs.audio_channels
         )
         # [1, stems, C, samples] -> [samples, C]
         heard = apply_model(

@@ -164,6 +164,7 @@ def find(
             if twin != name:  # mostly one recording twice, and then counted twice
                 raise ValueError(f"has the same name as {twin}, and so its caption: keep one")
             written = captions.of(name) if with_captions else None
+            _check_text(written)
             source = files[name]
             sample_rate, frames = audio.check(source)
         except (OSError, ValueError) as error:  # soundfile's errors are both, here, and ours
@@ -234,9 +235,17 @@ def _walk(root: Path) -> Iterator[str]:
             folders.clear()
             continue
         seen.add(real)
+        folders.sort()  # of a folder that is linked too, the same name everywhere
         below = Path(folder).relative_to(root).as_posix()
         prefix = "" if below == "." else f"{below}/"
         yield from (prefix + name for name in names)
+
+
+def _check_text(caption: Caption | None) -> None:
+    try:
+        " ".join([caption.description, *caption.fields] if caption else []).encode()
+    except UnicodeEncodeError:
+        raise ValueError("its caption has half a character in it (a lone surrogate)") from None
 
 
 def _check_name(name: str) -> None:

@@ -37,22 +37,24 @@ def validate(session: Session, on_batch: Callable[[], None]) -> dict[str, Any]:
     accelerator, lm = session.accelerator, session.model.lm
     loss_module = TokenLoss(lm)
     sums = torch.zeros(2, lm.num_codebooks, device=accelerator.device)  # losses, tokens
-    for batch in valid_batches(
+    batches = valid_batches(
         session.valid_clips,
         session.config.batch_size,
         rank=accelerator.process_index,
         processes=accelerator.num_processes,
         workers=session.workers,
-    ):
-        on_batch()
-        valid = session.valid_frames(batch.valid_samples)
-        codes = session.codes(batch)
-        text, mask = session.text_encoder(batch.captions, accelerator.device)
-        melody = None if batch.melody is None else to_device(batch.melody, accelerator.device)
-        with accelerator.autocast():
-            losses = loss_module(codes, valid.to(accelerator.device), text, mask, melody)
-        sums[0] += losses.sum(0)
-        sums[1] += musicgen.token_counts(lm, valid, session.frames).to(accelerator.device)
+    )
+    with contextlib.closing(batches):
+        for batch in batches:
+            on_batch()
+            valid = session.valid_frames(batch.valid_samples)
+            codes = session.codes(batch)
+            text, mask = session.text_encoder(batch.captions, accelerator.device)
+            melody = None if batch.melody is None else to_device(batch.melody, accelerator.device)
+            with accelerator.autocast():
+                losses = loss_module(codes, valid.to(accelerator.device), text, mask, melody)
+            sums[0] += losses.sum(0)
+            sums[1] += musicgen.token_counts(lm, valid, session.frames).to(accelerator.device)
     sums = accelerator.reduce(sums)
     codebooks = (sums[0] / sums[1]).tolist()
     loss = statistics.fmean(codebooks)

@@ -181,10 +181,10 @@ def _read(
     """A recording, or its last seconds, `[C, samples]` at the model's rate. Errors: UserError."""
     import torch
 
-    from audio import length, read_crop
+    from audio import header, read_crop
 
     try:
-        rate, whole = length(Path(path))
+        rate, _, whole = header(Path(path))
         if whole == 0:
             raise ValueError("holds no audio")
         frames = min(whole, round(last_sec * rate)) if last_sec else whole

@@ -22,6 +22,8 @@ def check(file: str | BinaryIO) -> tuple[int, int, int]:
     """
     try:
         with _open(file) as container:
+            if container.format.name == "mp3":  # it has no places to start from
+                raise ValueError("is an mp3 by another name: call it .mp3")
             stream = container.streams.audio[0]
             rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
             declared = int((stream.duration or 0) * (stream.time_base or 0) * rate)

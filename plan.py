@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +65,7 @@ def _share(picks: list[Pick], batch_size: int, rank: int, processes: int) -> lis
 
 def train_batches(
     clips: Clips, plan: Plan, *, start: int, rank: int, workers: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Micro-batches of steps start, start + 1, ... of a plan, in order, for one process."""
     steps = range(start, plan.total_steps)
     picks = (batch for step in steps for batch in plan.batches(step, rank))
@@ -74,13 +74,14 @@ def train_batches(
 
 def valid_batches(
     clips: Clips, batch_size: int, *, rank: int, processes: int, workers: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Every track's crop of epoch 0, always the same one, shared among the processes."""
     picks = [Pick(0, index) for index in range(len(clips))]
     return _read(clips, _share(picks, batch_size, rank, processes), workers)
 
 
-def _read(clips: Clips, picks: Iterable[list[Pick]], workers: int) -> Iterator[Batch]:
+def _read(clips: Clips, picks: Iterable[list[Pick]], workers: int) -> Generator[Batch, None, None]:
+    """Close it: the workers live until then, and the program can't end before them."""
     loader = DataLoader(
         clips,
         batch_sampler=picks,

@@ -72,8 +72,10 @@ def check(config: CheckConfig) -> bool:
         target.resolve() == root.resolve() or root.resolve() in target.resolve().parents
     ):
         raise UserError(f"--fix={target}: is in the folder that is looked at; name one outside")
-    if target and target.exists() and any(target.iterdir()):
-        raise UserError(f"--fix={target}: holds files already; name a new folder")
+    if target:
+        checkpoint.check_writable(target, "--fix")
+        if any(target.iterdir()):
+            raise UserError(f"--fix={target}: holds files already; name a new folder")
     _check_picture(Path(config.picture))
 
     tracks, problems = dataset.find(config.folder, with_captions=not config.no_label)
@@ -247,7 +249,6 @@ def _check_picture(path: Path) -> None:
 
 def _copy(tracks: list[Track], target: Path, *, with_captions: bool) -> None:
     """Recordings and their captions as .txt, in the folders that they were in."""
-    checkpoint.check_writable(target, "--fix")
     for track in tracks:
         to = target / track.name
         to.parent.mkdir(parents=True, exist_ok=True)

@@ -66,9 +66,11 @@ def train(config: Config) -> None:
     run = session.start(config)
     first_step, failed = run.step, True
     stop = StopSignals(run.accelerator)
-    with _handled_by(stop):
+    rank = run.accelerator.process_index
+    batches = train_batches(run.clips, run.plan, start=run.step, rank=rank, workers=run.workers)
+    with _handled_by(stop), contextlib.closing(batches):
         try:
-            _loop(run, stop)
+            _loop(run, stop, batches)
             failed = False
         except BaseException as error:
             stop.is_saving = True
@@ -106,11 +108,10 @@ def _say(accelerator: Accelerator, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _loop(run: Session, stop: StopSignals) -> None:
+def _loop(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> None:
     config, accelerator, lm, optimizer = run.config, run.accelerator, run.model.lm, run.optimizer
     device, rank = accelerator.device, accelerator.process_index
     parameters = list(run.trained.values())
-    batches = train_batches(run.clips, run.plan, start=run.step, rank=rank, workers=run.workers)
     seconds: list[float] = []  # of each step
     lm.train()
     while True:

@@ -588,3 +588,27 @@ def _is_refused(content: bytes, folder: Path) -> bool:
     except UserError:
         return True
     return False
+
+
+BROKEN_OPTIMIZER = """
+import torch
+from config import Config
+from train import train
+
+def fail(*_, **__):
+    raise RuntimeError("a bug")
+
+torch.optim.AdamW.step = fail
+train(Config(dataset_path={data!r}, model_id={model!r}, output_dir={out!r}, num_workers=1))
+"""
+
+
+def test_an_unforeseen_error_ends_the_program_with_its_workers(mono_folder, make_pairs, tmp_path):
+    code = BROKEN_OPTIMIZER.format(
+        data=str(make_pairs()), model=str(mono_folder), out=str(tmp_path / "out")
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=90
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.rstrip().endswith("RuntimeError: a bug")

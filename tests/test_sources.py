@@ -316,10 +316,16 @@ BAD_TABLES = {
     "empty": ("metadata.csv", b"file_name,text\na.wav, \n", "a.wav: its caption.*csv is empty"),
     "short row": ("metadata.csv", b"file_name,text\na.wav\n", "a.wav: its caption.*is empty"),
     "two": ("metadata.csv", b"file_name,text\na.wav,x\na.wav,y\n", "a.wav: .*different"),
+    "comma": ("metadata.csv", b"file_name,text\na.wav,slow, old\n", "line 2 has more columns"),
+    "quote": ("metadata.csv", b'file_name,text\na.wav,"hi\nb.wav,x\n', "can't be read"),
+    "deep line": ("metadata.jsonl", b"[" * 100_000, "metadata.jsonl: can't be read"),
     "no JSON": ("metadata.jsonl", b"{file_name: 3}\n", "metadata.jsonl: can't be read"),
     "a list": ("metadata.jsonl", b"[1]\n", "line 1 is not an object"),
     "a number": ("metadata.jsonl", b'{"file_name": "a.wav", "text": 3}', "must be texts"),
     "no column": ("metadata.jsonl", b'{"file_name": "a.wav"}', "line 1 has no file_name"),
+    "json deep": ("a.json", b'{"a": ' + b"[" * 100_000, "a.json is not JSON"),
+    "json surrogate": ("a.json", b'{"description": "\\ud800 x"}', "a.wav: .*half a character"),
+    "json digits": ("a.json", b'{"bpm": ' + b"9" * 5_000 + b"}", "a.json is not JSON"),
     "json list": ("a.json", b"[1]", "a.wav: its caption a.json is not an object"),
     "json cut": ("a.json", b'{"description": ', "a.json is not JSON"),
     "json not UTF-8": ("a.json", b'{"description": "\xe9"}', "a.json is not UTF-8"),
@@ -328,6 +334,13 @@ BAD_TABLES = {
     "json object": ("a.json", b'{"genre": {"a": 1}}', "a.json: genre is .*not a text"),
     "json yes": ("a.json", b'{"description": true}', "a.json: description is True"),
 }
+
+
+def test_an_mp3_by_another_name_is_named(tmp_path):
+    write(tmp_path / "a.mp3", tone(1, 1.0, RATE))
+    (tmp_path / "a.mp3").rename(tmp_path / "a.m4a")
+    with pytest.raises(UserError, match=r"call it \.mp3"):
+        scan(str(tmp_path), with_captions=False)
 
 
 @pytest.mark.parametrize("name", BAD_TABLES)
@@ -378,6 +391,7 @@ def test_one_caption_and_a_trigger(mono_folder, tmp_path):
 
 
 def test_a_trigger_that_is_there_is_not_put_twice():
+    assert in_front("jazz", "<w>", "jazz, slow") == "<w> jazz, slow"
     assert in_front("jazz", None, "jazz, slow") == "jazz, slow"
     assert in_front("jazz", None, "jazzy piano") == "jazz, jazzy piano"
 

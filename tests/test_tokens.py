@@ -282,9 +282,11 @@ def test_tokens_and_melodies_together(fit, make_pairs, tmp_path, monkeypatch):
         assert torch.equal(with_tokens.melody, without.melody)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("num_workers", "harm"), [(0, Path.unlink), (1, Path.unlink), (0, Path.touch)]
+)
 def test_tokens_that_vanish_in_the_middle_are_named(
-    fit, mono_folder, make_pairs, monkeypatch, num_workers
+    fit, mono_folder, make_pairs, monkeypatch, num_workers, harm
 ):
     data = make_pairs(seconds=(1.0,))
     prepare = Tokens.prepare
@@ -292,7 +294,8 @@ def test_tokens_that_vanish_in_the_middle_are_named(
     def vanishing(self, *what, **how):
         prepare(self, *what, **how)
         for path in cache.folder("tokens").iterdir():
-            path.unlink()
+            path.write_bytes(b"")
+            harm(path)
 
     monkeypatch.setattr(Tokens, "prepare", vanishing)
     with pytest.raises(UserError, match=r"clip0\.wav: .*tokens/\w+\.npy.* start again$"):
@@ -305,6 +308,9 @@ def test_a_recording_that_cannot_be_read_is_named(mono_folder, make_pairs, monke
     sf.write(data / "clip1.wav", tone(0, 0.6), RATE)  # after it was checked
     model = musicgen.load(str(mono_folder), CPU)
     with pytest.raises(UserError, match=r"clip1\.wav: ends after"):
+        Tokens(model).prepare(model, tracks, 1)
+    (data / "clip1.wav").unlink()
+    with pytest.raises(UserError, match=r"clip1\.wav: is no longer there"):
         Tokens(model).prepare(model, tracks, 1)
 
 
