@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from flags import UserError
 
@@ -94,7 +95,13 @@ def load_resume(folder: Path) -> dict[str, Any]:
             f"--resume=1: there is no {path} to go on from; leave out --resume to start a run"
         )
     try:
+        if any("torchao" in name for name in get_unsafe_globals_in_checkpoint(path)):
+            import torchao.optim  # noqa: F401  (its moments may be loaded then)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise UserError(
+            f"{path} needs torchao, which can't be imported ({error}): pip install torchao"
+        ) from None
     except Exception as error:  # torch.load has no class for "this is not my file"
         raise UserError(
             f"{path} can't be read ({type(error).__name__}): it is damaged; "

@@ -201,8 +201,10 @@ class Config(Flags):
         description="melody models: probability of training a clip without its melody; 1 = on "
         "captions alone, without demucs",
     )
-    optimizer: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="adamw_8bit keeps its two moments in 8 bit instead of 32"
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_8bit_bf16"] = Field(
+        "adamw",
+        description="adamw_8bit keeps its two moments in 8 bit instead of 32; adamw_8bit_bf16 also "
+        "keeps the layers' weights and gradients in bf16, and rounds the weights at random",
     )
     max_grad_norm: float = Field(1.0, ge=0, description="gradient norm limit; 0 = off")
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
@@ -309,6 +311,23 @@ class Config(Flags):
         for name in ("tune_text", "lora_rank", "no_label"):
             if self.placeholder and getattr(self, name):
                 problems.append(f"--placeholder and --{name} exclude each other: give one of them")
+        if self.optimizer == "adamw_8bit_bf16":
+            if self.precision in ("fp32", "fp16"):
+                problems.append(
+                    f"--optimizer=adamw_8bit_bf16 and --precision={self.precision} exclude each "
+                    "other: give --precision=bf16, or --optimizer=adamw_8bit"
+                )
+            if self.ema_decay:
+                problems.append(
+                    "--optimizer=adamw_8bit_bf16 and --ema_decay exclude each other: an average "
+                    "kept in bf16 would hardly move; leave one of them out"
+                )
+            for name in ("lora_rank", "tune_text", "placeholder"):
+                if getattr(self, name):
+                    problems.append(
+                        f"--optimizer=adamw_8bit_bf16 does nothing with --{name}, which leaves the "
+                        "layers as they are: use --optimizer=adamw_8bit"
+                    )
         how_to_merge = ("merge_text_p", "drop_desc_p", "drop_other_p")
         for name in ("caption_from", "caption", "trigger", *how_to_merge):
             if name in given and self.no_label:

@@ -194,8 +194,15 @@ def _thriftier(config: Config) -> Iterator[tuple[str, Config]]:
         config = config.model_copy(update={"optimizer": "adamw_8bit"})
         yield "--optimizer=adamw_8bit", config
     if not (config.lora_rank or config.tune_text or config.placeholder):
-        config = config.model_copy(update={"lora_rank": 16})
-        yield "--lora_rank=16 --lr=1e-4", config
+        takes_bf16 = config.precision in ("auto", "bf16") and not config.ema_decay
+        if config.optimizer == "adamw_8bit" and takes_bf16:
+            config = config.model_copy(update={"optimizer": "adamw_8bit_bf16"})
+            yield "--optimizer=adamw_8bit_bf16", config
+        flags = "--lora_rank=16 --lr=1e-4"
+        if config.optimizer == "adamw_8bit_bf16":
+            flags += " --optimizer=adamw_8bit"
+        config = config.model_copy(update={"lora_rank": 16, "optimizer": "adamw_8bit"})
+        yield flags, config
 
 
 def _gb(count: int) -> str:
@@ -223,7 +230,7 @@ def estimate(config: Config, model: Model, frames: int, dtype: torch.dtype) -> N
         parameters=lm.parameters,
         trained=lm.trained,
         weights=lm.weights + (4 * lm.trained if config.ema_decay else 0),
-        gradients=4 * lm.trained,
+        gradients=lm.gradients,
         optimizer=moments_bytes(config, lm.trained),
         activations=max(lm.forward, lm.backward),
         encoders=text_encoder + codec,
@@ -234,12 +241,13 @@ def estimate(config: Config, model: Model, frames: int, dtype: torch.dtype) -> N
 
 
 class _Measured(NamedTuple):
-    """Of one language model; the last three in bytes, beside gradients and optimizer state."""
+    """Of one language model, in bytes from `weights` on."""
 
     parameters: int
     trained: int
     weights: int
-    forward: int  # the peak until the loss is there
+    gradients: int
+    forward: int  # the peak until the loss is there, beside gradients and optimizer state
     backward: int  # and from there on: with recomputed layers that may be the higher one
 
 
@@ -248,18 +256,20 @@ def _measure(
 ) -> _Measured:
     lm = build_lm(config, model, layers, dtype)
     B, width = config.batch_size, model[2].d_model
-    trained = 0
+    trained = gradients = 0
     with FakeTensorMode():
         make_fake(lm, CPU)
         for parameter in lm.parameters():
             if parameter.requires_grad:
                 trained += parameter.numel()
+                gradients += parameter.nbytes
                 parameter.grad = torch.empty_like(parameter)
         sequence = torch.empty(B, lm.num_codebooks, frames + 1, dtype=torch.long)
         text, mask = torch.empty(B, CAPTION_TOKENS, width), torch.empty(B, CAPTION_TOKENS)
         if config.placeholder:  # the way to it is through the text
             text.requires_grad = True
             trained += width
+            gradients += 4 * width
         live = _Live()
         live.ignore(*lm.parameters(), *(p.grad for p in lm.parameters() if p.grad is not None))
         with live:
@@ -269,7 +279,7 @@ def _measure(
             loss.backward()
     parameters = list(lm.parameters())
     count = sum(p.numel() for p in parameters)
-    return _Measured(count, trained, _bytes(parameters), forward, live.peak)
+    return _Measured(count, trained, _bytes(parameters), gradients, forward, live.peak)
 
 
 def build_lm(config: Config, model: Model, layers: int, dtype: torch.dtype) -> LMModel:

@@ -5,8 +5,9 @@ from flags import parse, plain_errors
 
 OUT_OF_MEMORY = (
     "Use less, in this order: --grad_checkpointing=1; a smaller --batch_size with a larger "
-    "--grad_acc (the same result); --optimizer=adamw_8bit; --lora_rank=16 --lr=1e-4; a shorter "
-    "--duration; a smaller --model_id; --tune_text=1. --dry_run=1 tells how much they save."
+    "--grad_acc (the same result); --optimizer=adamw_8bit; --optimizer=adamw_8bit_bf16; "
+    "--lora_rank=16 --lr=1e-4 with --optimizer=adamw_8bit; a shorter --duration; a smaller "
+    "--model_id; --tune_text=1. --dry_run=1 tells how much they save."
 )
 
 

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 import checkpoint
 import dataset
@@ -319,7 +320,7 @@ def _start_accelerator(config: Config) -> tuple[Accelerator, str, str]:
     elif precision == "auto":
         precision, why = "fp32", f"on {device}, slow but exact"
     not_on_mps = {
-        "--optimizer=adamw_8bit": config.optimizer == "adamw_8bit",
+        f"--optimizer={config.optimizer}": config.optimizer != "adamw",
         "--lora_dropout": config.lora_dropout > 0,  # recomputed parts would drop other inputs
     }
     for flag, is_asked in not_on_mps.items():
@@ -329,6 +330,11 @@ def _start_accelerator(config: Config) -> tuple[Accelerator, str, str]:
         raise UserError(f"--precision=fp16 needs a CUDA GPU, this is {device}: use fp32 or bf16")
     if precision == "bf16" and device == "cuda" and not has_bf16:
         raise UserError("--precision=bf16: this GPU has none: use auto, fp16 or fp32")
+    if config.optimizer == "adamw_8bit_bf16" and precision != "bf16":
+        raise UserError(
+            f"--optimizer=adamw_8bit_bf16 needs bf16, and --precision=auto is {precision} here "
+            f"({why}): give --precision=bf16 if the device has it, or use --optimizer=adamw_8bit"
+        )
     mixed = "no" if precision == "fp32" else precision
     # While the first process generates samples or writes checkpoints, the others wait.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
@@ -369,7 +375,8 @@ def layers_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
 
     What is frozen gives the same in the format that autocast would bring it to, in half the room.
     """
-    return dtype if layers_are_frozen(config) else torch.float32
+    is_half = layers_are_frozen(config) or config.optimizer == "adamw_8bit_bf16"
+    return dtype if is_half else torch.float32
 
 
 def layers_are_frozen(config: Config) -> bool:
@@ -440,7 +447,38 @@ def _make_optimizer(config: Config, trained: dict[str, nn.Parameter]) -> torch.o
                 "pip install bitsandbytes, or use --optimizer=adamw"
             ) from None
         return AdamW8bit(groups, **how)
+    if config.optimizer == "adamw_8bit_bf16":
+        return _stochastically_rounding(groups, how)
     return torch.optim.AdamW(groups, **how, fused=True)  # for CUDA, MPS and the CPU
+
+
+def _stochastically_rounding(
+    groups: list[dict[str, Any]], how: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """AdamW with 8 bit moments whose updates reach bf16 weights: small ones now and then."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError(
+            f"--optimizer=adamw_8bit_bf16 needs torchao, which can't be imported ({error}): "
+            "pip install torchao, or use --optimizer=adamw_8bit"
+        ) from None
+
+    on_cpu = groups[0]["params"][0].device.type == "cpu"  # compiling takes a minute there
+
+    class Optimizer(AdamW8bit):
+        def step(self, closure: Any = None) -> Any:
+            try:
+                with torch.compiler.set_stance("force_eager" if on_cpu else "default"):
+                    return super().step(closure)
+            except TorchDynamoException as error:
+                raise UserError(
+                    "--optimizer=adamw_8bit_bf16 is compiled, and that does not work here "
+                    f"({' '.join(str(error).split())[:300]}): install triton and a C "
+                    "compiler, or use --optimizer=adamw_8bit"
+                ) from error
+
+    return Optimizer(groups, **how, bf16_stochastic_round=True)
 
 
 def crop_frames(config: Config, window_sec: float, frame_rate: float, tracks: list[Track]) -> int:
@@ -456,7 +494,7 @@ def crop_frames(config: Config, window_sec: float, frame_rate: float, tracks: li
 
 def moments_bytes(config: Config, parameters: int) -> int:
     """What the optimizer keeps of so many parameters."""
-    if config.optimizer == "adamw_8bit":
+    if config.optimizer != "adamw":
         return 2 * parameters + parameters // 32  # and two scales in float32 for each 256
     return 8 * parameters
 
@@ -532,7 +570,8 @@ def _space_needed(session: Session) -> int:
     """Bytes on disk at the worst moment: checkpoints, and an old and a new resume state."""
     config, total = session.config, session.total
     weights = sum(p.numel() for p in session.trained.values())
-    resume = 4 * weights * (1 + bool(session.ema)) + moments_bytes(config, weights)
+    resume = sum(p.nbytes for p in session.trained.values()) * (1 + bool(session.ema))
+    resume += moments_bytes(config, weights)
     lm = sum(t.numel() for t in session.model.lm.state_dict().values())
     if session.new_word:
         lm = weights

@@ -123,7 +123,10 @@ def _loop(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> None:
         torch.manual_seed(_seed(config.seed, run.step, rank))
         learning_rate = run.learning_rate()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            if torch.is_tensor(group["lr"]):  # torchao's: another number would be compiled anew
+                group["lr"].fill_(learning_rate)
+            else:
+                group["lr"] = learning_rate
 
         micro_batches = [next(batches) for _ in run.plan.batches(run.step, rank)]
         valid = [run.valid_frames(batch.valid_samples) for batch in micro_batches]
@@ -155,6 +158,8 @@ def _loop(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> None:
         _check_finite(codebooks, norm, losses, micro_batches, run)
 
         with run.update():
+            # adamw_8bit_bf16 rounds at random: alike in all processes, or their weights would part.
+            torch.manual_seed(_seed(config.seed, run.step, 0, 1))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if run.ema:

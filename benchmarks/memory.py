@@ -28,6 +28,7 @@ MEASURED: list[dict[str, Any]] = [
     {},
     {"grad_checkpointing": 1},
     {"optimizer": "adamw_8bit"},
+    {"optimizer": "adamw_8bit_bf16"},
     {"lora_rank": 16},
     {"lora_rank": 16, "grad_checkpointing": 1},
     {"batch_size": 4},

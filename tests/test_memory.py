@@ -41,6 +41,9 @@ def test_each_flag_lowers_the_part_that_it_is_for(tmp_path):
     assert checkpointed.activations < 0.8 * base.activations
     assert checkpointed.weights == base.weights
     assert need(tmp_path, optimizer="adamw_8bit").optimizer < 0.3 * base.optimizer
+    half = need(tmp_path, optimizer="adamw_8bit_bf16")
+    assert half.trained == base.trained
+    assert half.weights == half.gradients < 0.7 * base.weights
     adapted = need(tmp_path, lora_rank=4)
     assert adapted.trained < 0.1 * base.trained
     assert adapted.weights < 0.7 * base.weights

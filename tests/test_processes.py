@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT, write_pairs
 
 from config import Config
@@ -92,6 +93,21 @@ def test_two_processes_train_as_one(one_process, mono_folder, tmp_path) -> None:
     assert stdout.count("step 8/8  loss") == 1  # one process speaks
     assert stdout.count("2 process(es)") == 2  # and says so in "device" and "batch"
     assert {p.name for p in output.iterdir()} == {p.name for p in alone.iterdir()}
+
+
+def test_weights_rounded_at_random_are_alike_in_two_processes(mono_folder, tmp_path) -> None:
+    """If they rounded differently, DDP would not bring them together again."""
+    dataset = write_pairs(tmp_path / "dataset", seconds=(3.0, 2.0, 1.5, 4.0))
+    same = [*flags(dataset, mono_folder, tmp_path / "two"), "--optimizer=adamw_8bit_bf16"]
+    same += ["--precision=bf16", "--batch_size=2", "--grad_acc=1"]
+    process = launch("torchrun", *same)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    AcceleratorState._reset_state(reset_partial_state=True)
+    alone = {**options(dataset, mono_folder, tmp_path / "one"), "batch_size": 4, "grad_acc": 1}
+    train(Config(**alone, optimizer="adamw_8bit_bf16", precision="bf16"))
+    losses = [[r["loss"] for r in rows(tmp_path / name) if "loss" in r] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-2)
 
 
 def test_two_processes_stop_and_resume(one_process, mono_folder, tmp_path) -> None:
