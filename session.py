@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 
 import checkpoint
 import dataset
@@ -463,6 +462,8 @@ def _stochastically_rounding(
             f"--optimizer=adamw_8bit_bf16 needs torchao, which can't be imported ({error}): "
             "pip install torchao, or use --optimizer=adamw_8bit"
         ) from None
+
+    from torch._dynamo.exc import TorchDynamoException
 
     on_cpu = groups[0]["params"][0].device.type == "cpu"  # compiling takes a minute there
 

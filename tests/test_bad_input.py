@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import Result, run_script, tone, weights, write_pairs
+from conftest import ROOT, Result, run_script, tone, weights, write_pairs
 from huggingface_hub import constants
 
 import checkpoint
