@@ -30,12 +30,12 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def learn(seeds: int = 3) -> None:
+def learn(seeds: int = 3, ways: dict[str, dict[str, Any]] = WAYS) -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
     print(f"{'seed':>4} {'cross entropy':>16} {'fall':>6} {'of full':>8}  flags")
     for seed in range(seeds):
         full = None
-        for name, changes in WAYS.items():
+        for name, changes in ways.items():
             with tempfile.TemporaryDirectory() as folder:
                 run("run.py", {**TRAIN, **changes, "output_dir": folder, "seed": seed}, quiet=True)
                 rows = read_rows(Path(folder) / "metrics.jsonl")
