@@ -138,6 +138,4 @@ def _there(path: Path) -> Header | None:
     try:
         return token_files.read_header(path)
     except (ValueError, OSError) as error:
-        raise UserError(
-            f"{path}: {error}; delete it or move it away, the tokens go there"
-        ) from None
+        raise UserError(f"{path}: {error}; move it away, the tokens go there") from None
