@@ -32,7 +32,7 @@ def check(source: Source) -> tuple[int, int]:
     with _opened(source) as file:
         if _is_m4a(source):
             rate, channels, frames = m4a.check(file)
-            _check_facts(rate, channels, frames)
+            check_facts(rate, channels, frames)
             return rate, frames
         return _check_sound(file)
 
@@ -141,10 +141,11 @@ def _check_header(sound: sf.SoundFile) -> None:
     declared, found = map(int, sizes.groups()) if sizes else (0, 0)
     if found < declared < STREAMED_BYTES:
         raise ValueError(f"truncated: its header says {declared} bytes of audio, {found} are there")
-    _check_facts(sound.samplerate, sound.channels, sound.frames)
+    check_facts(sound.samplerate, sound.channels, sound.frames)
 
 
-def _check_facts(sample_rate: int, channels: int, frames: int) -> None:
+def check_facts(sample_rate: int, channels: int, frames: int) -> None:
+    """Errors: ValueError if a recording can't be of that rate or length."""
     low, high = SAMPLE_RATES_HZ
     if not low <= sample_rate <= high or channels > MAX_CHANNELS:
         raise ValueError(

@@ -76,8 +76,5 @@ class Cache:
         return folder(self.kind) / f"{self._names[track.root, track.name]}.npy"
 
     def _name(self, track: Track) -> str:
-        status = track.path.stat()
-        key = [*self.settings, str(track.path.resolve()), status.st_size, status.st_mtime_ns]
-        if track.member:
-            key += [track.member.name, track.member.offset]
+        key = [*self.settings, str(track.path.resolve()), *track.stamp()]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]

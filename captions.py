@@ -12,14 +12,16 @@ import math
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import audio
+import shards
 from audio import Source
 from flags import UserError
+from shards import Member
 
 # audiocraft's MusicInfo; it merges these into the text, without the first two
 # (augment_music_info_description), which here stand in for a missing description.
@@ -154,6 +156,37 @@ class Captions:
             for name in TABLES:
                 if folder + name in self.files:
                     yield folder, self.files[folder + name]
+
+
+def files(recording: Source, caption: Caption) -> dict[str, bytes]:
+    """Suffix -> content of the file to put beside a copy of a recording, to be read as it was here.
+
+    Errors: OSError; ValueError.
+    """
+    for suffix in (".txt", ".json"):
+        if caption.source == f"{suffix} files":
+            return {suffix: _beside(recording, suffix).read_bytes()}
+    if caption.fields:
+        pairs = (field.split(": ", 1) for field in caption.fields)
+        content = {"description": caption.description, **dict(pairs)}
+        return {".json": json.dumps(content, ensure_ascii=False).encode() + b"\n"}
+    return {".txt": f"{caption.description}\n".encode()}
+
+
+def _beside(recording: Source, suffix: str) -> Source:
+    stem = recording.name[: recording.name.rindex(".")]
+    for name in (stem + suffix, stem + suffix.upper()):
+        if isinstance(recording, Path):
+            if (path := recording.with_name(name)).exists():
+                return path
+        elif name in (members := _members(recording.tar)):
+            return members[name]
+    raise ValueError(f"its caption {stem}{suffix} has gone")
+
+
+@functools.lru_cache(maxsize=1)  # asked for one recording of a shard after another
+def _members(tar: Path) -> dict[str, Member]:
+    return shards.members(tar)[0]
 
 
 def _read(source: Source) -> str:

@@ -136,6 +136,21 @@ def check_writable(folder: Path, flag: str) -> None:
         raise UserError(f"{flag}={folder}: can't be written to ({error.strerror})") from None
 
 
+def check_outside(out: Path, folder: str) -> None:
+    """Errors: UserError if --out is in the folder that is read."""
+    root = Path(folder).resolve()
+    if root in (out.resolve(), *out.resolve().parents):
+        raise UserError(f"--out={out}: is in the folder that is read; name one outside")
+
+
+def clear_temporary(folder: Path, suffixes: tuple[str, ...]) -> None:
+    """Remove what a killed run has left half written, in folders within too."""
+    names = re.compile(rf"\..+\.({'|'.join(suffixes)})\.\d+\.tmp")
+    for path in folder.rglob(".*.tmp"):
+        if names.fullmatch(path.name):
+            path.unlink()
+
+
 def weights(folder: Path) -> list[Path]:
     """The files of a run that took time to make."""
     final = [folder / name for name in (FINAL, EMBEDDING, RESUME)]

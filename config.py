@@ -98,6 +98,7 @@ Scales = Annotated[
 ]
 SaveDtype = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+CaptionFrom = Literal["auto", "tags"]
 
 
 class Config(Flags):
@@ -110,8 +111,9 @@ class Config(Flags):
     # The flags of the original trainer.
     dataset_path: Dataset = Field(
         description="folder of recordings (wav, flac, mp3, ogg, opus, aiff, m4a) and captions: "
-        "NAME.txt, NAME.json, metadata.csv or metadata.jsonl; or WebDataset shards of them: such a "
-        "folder, shards/train-{000..099}.tar, or that as a URL"
+        "NAME.txt, NAME.json, metadata.csv or metadata.jsonl; or tokens of them, from prepare.py "
+        "encode; or WebDataset shards of either: such a folder, shards/train-{000..099}.tar, or "
+        "that as a URL"
     )
     model_id: str = Field(
         "small",
@@ -493,6 +495,65 @@ class CheckConfig(Flags):
     batch_size: int = Field(4, ge=1, description="as for run.py: clips in a batch")
     grad_acc: int = Field(2, ge=1, description="as for run.py: batches for one optimizer step")
     picture: AnyPath = Field("check.png", description="where the picture goes")
+
+
+class EncodeConfig(Flags):
+    """Encode the recordings of a dataset once, into a folder of files of tokens and captions.
+
+    run.py trains from that folder as from the recordings with --cache_tokens=1.
+    Example: python prepare.py encode my_music my_tokens --model_id=small
+    """
+
+    folder: Dataset = Field(description="folder or shards, as --dataset_path of run.py")
+    out: AnyPath = Field(
+        description="folder for the files of tokens, outside of it; what is encoded there already "
+        "is kept"
+    )
+    model_id: str = Field(
+        "small", min_length=1, description="the model whose EnCodec it takes, as for run.py"
+    )
+    batch_size: int = Field(4, ge=1, description="windows of 30 s encoded at a time, on a GPU")
+    device: Device = Field("auto", description="auto, cuda, mps or cpu")
+    caption_from: CaptionFrom = Field(
+        "auto", description="as for run.py; those from tables or tags get files of their own"
+    )
+    caption: Words | None = Field(None, description="one caption for all recordings; None = off")
+    no_label: bool = Field(False, description="without captions; none are read")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "EncodeConfig":
+        _check_caption_flags(self)
+        return self
+
+
+class ShardConfig(Flags):
+    """Put a dataset into WebDataset shards: tars of recordings, or files of tokens, and captions.
+
+    Example: python prepare.py shard my_music my_shards
+    """
+
+    folder: Dataset = Field(description="folder or shards, as --dataset_path of run.py")
+    out: AnyPath = Field(
+        description="new folder for the shards, NAME-000000.tar and so on by its own name, outside "
+        "of it; a stopped run goes on there"
+    )
+    shard_mb: int = Field(500, ge=1, description="size of a shard in MB; a larger file has its own")
+    caption_from: CaptionFrom = Field(
+        "auto", description="as for run.py; those from tables or tags get files of their own"
+    )
+    caption: Words | None = Field(None, description="one caption for all recordings; None = off")
+    no_label: bool = Field(False, description="without captions; none are read")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "ShardConfig":
+        _check_caption_flags(self)
+        return self
+
+
+def _check_caption_flags(config: EncodeConfig | ShardConfig) -> None:
+    given = [n for n in ("caption_from", "caption", "no_label") if n in config.model_fields_set]
+    if len(given) > 1:
+        raise ValueError(f"--{given[0]} and --{given[1]} exclude each other: give one of them")
 
 
 class CleanConfig(Flags):

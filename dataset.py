@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 import audio
 import shards
+import token_files
 from audio import SUFFIXES, Source
 from captions import PLAIN, Caption, Captions, Merging
 from flags import UserError, first_lines
@@ -33,7 +34,8 @@ class Track:
     """One recording, its length in its own frames, and its caption.
 
     It is the file `name` in the folder `root`, or a member of a shard.
-    `written` is the caption as it was found, None without captions.
+    `written` is the caption as it was found, None without captions; `codec` is what the tokens
+    are of, if it is a file of tokens, with rate and length of the recording that it is made from.
     """
 
     root: str
@@ -43,6 +45,7 @@ class Track:
     sample_rate: int
     frames: int
     written: Caption | None = None
+    codec: str | None = None
 
     @property
     def source(self) -> Source:
@@ -68,6 +71,12 @@ class Track:
         """What its crops are drawn by: those of a flac, or in a shard, are those of the wav."""
         return _as_wav(self.member.name if self.member else self.name)
 
+    def stamp(self) -> list[str | int]:
+        """What is another when the recording has changed. Errors: OSError."""
+        status = self.path.stat()
+        stamp: list[str | int] = [status.st_size, status.st_mtime_ns]
+        return [*stamp, self.member.name, self.member.offset] if self.member else stamp
+
 
 @dataclass(frozen=True)
 class Pick:
@@ -85,7 +94,7 @@ class Pick:
 class Clip:
     """A crop: wav `[C, samples]` at the model's rate, zero after the first `valid_samples`.
 
-    With --cache_tokens its codes `[K, T]` instead.
+    From tokens its codes `[K, T]` instead.
 
     A reading error travels as a value: an exception from a worker process loses its plain text.
     """
@@ -166,14 +175,22 @@ def find(
             written = captions.of(name) if with_captions else None
             _check_text(written)
             source = files[name]
-            sample_rate, frames = audio.check(source)
+            sample_rate, frames, codec = _check(source)
         except (OSError, ValueError) as error:  # soundfile's errors are both, here, and ours
             problems.append(f"{name}: {error}")
         else:
             text = written.plain if written else ""
             member = source if isinstance(source, Member) else None
-            tracks.append(Track(folder, name, member, text, sample_rate, frames, written))
+            tracks.append(Track(folder, name, member, text, sample_rate, frames, written, codec))
     return tracks, problems
+
+
+def _check(source: Source) -> tuple[int, int, str | None]:
+    """(sample rate in Hz, frames, what its tokens are of) of what can be trained on."""
+    if source.suffix.lower() == token_files.SUFFIX:
+        header = token_files.read_header(source)
+        return header.facts.sample_rate, header.facts.frames, header.codec
+    return *audio.check(source), None
 
 
 class _Files(Mapping[str, Source]):
@@ -217,7 +234,7 @@ def _files(dataset_path: str) -> tuple[_Files, list[str]]:
 
 def _is_recording(name: str) -> bool:
     path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in (*SUFFIXES, token_files.SUFFIX) and not path.name.startswith(".")
 
 
 def _as_wav(name: str) -> str:

@@ -140,8 +140,9 @@ def dry_run(config: Config) -> str:
     Errors: UserError, as for a real run.
     """
     model = musicgen.configs(config.model_id)
-    check_melody(config, "self_wav" in model[0].conditioners)
     tracks, _ = scan(config)
+    check_melody(config, "self_wav" in model[0].conditioners, tracks)
+    encodes = not tracks[0].codec
     plan = make_plan(config, len(tracks), processes=int(os.environ.get("WORLD_SIZE", 1)))
     codec_cfg = model[1]
     rate = frame_rate(codec_cfg)
@@ -149,10 +150,13 @@ def dry_run(config: Config) -> str:
     dtype, why = torch.bfloat16, "as on a GPU that has it"
     if config.precision != "auto":
         dtype, why = checkpoint.DTYPES[config.precision], "as asked for"
-    need = estimate(config, model, frames, dtype)
+    need = estimate(config, model, frames, dtype, encodes=encodes)
     parts = ["weights", "gradients", "optimizer", "activations", "encoders", "encoding"]
     when = "encoding comes before the activations"
-    if config.cache_tokens:
+    if not encodes:
+        parts.remove("encoding")
+        when = "nothing is encoded"
+    elif config.cache_tokens:
         parts.remove("encoding")
         before = need.weights + need.encoders + need.beforehand
         when = f"{_gb(before)} while recordings are encoded"
@@ -171,7 +175,7 @@ def dry_run(config: Config) -> str:
         rows.append(f"           this GPU has {_gb(torch.cuda.mem_get_info()[1])}")
     rows.append("to need less, in the order of least harm, each with those above it:")
     for flags, changed in _thriftier(config):
-        lower = estimate(changed, model, frames, dtype)
+        lower = estimate(changed, model, frames, dtype, encodes=encodes)
         rows.append(f"  {_gb(lower.peak):>8}  with {flags}")
     return "\n".join(rows)
 
@@ -209,10 +213,13 @@ def _gb(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
-def estimate(config: Config, model: Model, frames: int, dtype: torch.dtype) -> Need:
+def estimate(
+    config: Config, model: Model, frames: int, dtype: torch.dtype, *, encodes: bool = True
+) -> Need:
     """What training takes with these flags; `model` is what `musicgen.configs` gives.
 
-    `frames` is T, `dtype` the number format that the forward pass runs in.
+    `frames` is T, `dtype` the number format that the forward pass runs in; files of tokens are not
+    encoded.
     """
     lm_cfg, codec_cfg, t5_cfg = model
     few, more = (_measure(config, model, layers, frames, dtype) for layers in FEW_LAYERS)
@@ -224,6 +231,8 @@ def estimate(config: Config, model: Model, frames: int, dtype: torch.dtype) -> N
     beforehand = 0
     if config.cache_tokens:
         codec, encoding, beforehand = 0, 0, codec + encoding
+    if not encodes:
+        codec, encoding, beforehand = 0, 0, 0
     with torch.device("meta"):
         text_encoder = _bytes(T5EncoderModel(t5_cfg).parameters())
     return Need(

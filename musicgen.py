@@ -117,6 +117,21 @@ def load(
     return _Model(model_id, codec, lm.eval())
 
 
+def load_codec(model_id: str, device: torch.device) -> MusicGen:
+    """A MusicGen that only encodes: its EnCodec, without text encoder and language model.
+
+    Errors: UserError, as for `load`.
+    """
+    folder = _find_model(model_id)
+    with warnings.catch_warnings(), _quiet_transformers(), _told_as_damage(model_id):
+        warnings.simplefilter("ignore")
+        cfg = OmegaConf.create(_read_package(folder / WEIGHTS[0], model_id)["xp.cfg"])
+        _check_supported(cfg, model_id)
+        lm: Any = nn.Linear(1, 1, device=device)  # stands in: MusicGen asks it for its device
+        lm.cfg, lm.card, lm.num_codebooks = cfg, cfg.transformer_lm.card, cfg.transformer_lm.n_q
+        return _Model(model_id, _load_codec(folder, model_id, device), lm)
+
+
 @contextlib.contextmanager
 def _told_as_damage(model_id: str) -> Iterator[None]:
     """Whatever goes wrong inside with a model's files is a UserError."""

@@ -1,4 +1,4 @@
-"""Look at a dataset before training on it, `python prepare.py check my_music`; or clean it."""
+"""A dataset before it is trained on: look at it, clean it, encode it, put it into shards."""
 
 import hashlib
 import math
@@ -21,18 +21,23 @@ import audio
 import checkpoint
 import dataset
 from clean import clean
-from config import CheckConfig, CleanConfig
+from config import CheckConfig, CleanConfig, EncodeConfig, ShardConfig
 from dataset import Track
 from flags import UserError, first_lines, parse, plain_errors
 from report import format_seconds
+from shard import shard
 
 USAGE = """usage: python prepare.py check FOLDER [--flag=value ...]
        python prepare.py clean FOLDER OUT [--flag=value ...]
+       python prepare.py encode FOLDER OUT [--flag=value ...]
+       python prepare.py shard FOLDER OUT [--flag=value ...]
 
   check    what training would see, and what is wrong with it
   clean    without vocals, cut at silences, equally loud: into a new folder
+  encode   into files of tokens, for training without the recordings
+  shard    into WebDataset shards, plain tars, of recordings or of files of tokens
 
-python prepare.py check --help lists the flags; clean --help too."""
+python prepare.py check --help lists the flags, and so on."""
 BLOCK_SEC = 30
 SILENT_DB, CLIPPED = -60.0, 0.999  # of full scale; the peak of a block is silent or clips
 QUIET_DB = -40.0
@@ -50,15 +55,25 @@ class Sound(NamedTuple):
 
 def main() -> None:
     with plain_errors("Close other programs: the pictures and the sound of one block are small."):
-        if sys.argv[1:2] not in (["check"], ["clean"]):
+        commands = {
+            "check": lambda: check(parse(CheckConfig, positional=("folder",))),
+            "clean": lambda: clean(parse(CleanConfig, positional=("folder", "out"))),
+            "encode": lambda: _encode(parse(EncodeConfig, positional=("folder", "out"))),
+            "shard": lambda: shard(parse(ShardConfig, positional=("folder", "out"))),
+        }
+        command = commands.get("".join(sys.argv[1:2]))
+        if command is None:
             print(USAGE)
             sys.exit(0 if {"--help", "-h"} & set(sys.argv[1:]) else 2)
-        if sys.argv.pop(1) == "check":
-            is_good = check(parse(CheckConfig, positional=("folder",)))
-        else:
-            is_good = clean(parse(CleanConfig, positional=("folder", "out")))
-        if not is_good:
+        del sys.argv[1]
+        if not command():
             sys.exit(1)
+
+
+def _encode(config: EncodeConfig) -> bool:
+    from encode import encode  # audiocraft takes seconds
+
+    return encode(config)
 
 
 def check(config: CheckConfig) -> bool:
@@ -80,6 +95,8 @@ def check(config: CheckConfig) -> bool:
 
     tracks, problems = dataset.find(config.folder, with_captions=not config.no_label)
     sounds: dict[str, Sound] = {}
+    encoded = [track for track in tracks if track.codec]
+    tracks = [track for track in tracks if not track.codec]
     with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         heard = tqdm(
             pool.map(_listen_or_say, tracks), total=len(tracks), unit="file", desc="listening"
@@ -93,7 +110,10 @@ def check(config: CheckConfig) -> bool:
 
     copies = _copies(tracks, sounds)
     silent = [track.name for track in tracks if sounds[track.name].silent == 1]
+    tracks = tracks + encoded
     print("\n".join(_facts(config, tracks)))
+    if encoded:
+        print(f"tokens     {len(encoded)} of them are files of tokens, which were not listened to")
     warnings = {
         "can't be trained on": problems,
         "are silent from start to end": silent,

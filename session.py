@@ -239,7 +239,7 @@ def start(config: Config) -> Session:
     )
     lm = model.lm
     musicgen.move(model, "decoder", "cpu")  # only samples need it, see write_samples
-    tokens = _tokens(config, model, tracks + held_out, accelerator) if config.cache_tokens else None
+    tokens = _tokens(config, model, tracks + held_out, accelerator)
     melodies = _melodies(config, model, tracks + held_out, accelerator)
     adapter = set_up_training(config, lm)
     trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
@@ -346,11 +346,18 @@ def _start_accelerator(config: Config) -> tuple[Accelerator, str, str]:
 def scan(config: Config) -> tuple[list[Track], list[Track]]:
     """What is trained on, and what is held out. Errors: UserError that names what is unusable."""
     tracks = _scan(config, config.dataset_path)
+    held_out: list[Track] = []
     if config.valid_path:
-        return tracks, _scan(config, config.valid_path)
-    if config.valid_split:
-        return dataset.split(tracks, config.valid_split, config.seed)
-    return tracks, []
+        held_out = _scan(config, config.valid_path)
+    elif config.valid_split:
+        tracks, held_out = dataset.split(tracks, config.valid_split, config.seed)
+    kinds = {bool(track.codec): track for track in tracks + held_out}
+    if len(kinds) > 1:
+        raise UserError(
+            f"{kinds[True].place} is a file of tokens, {kinds[False].place} is audio: train on "
+            "one kind, held-out recordings too; prepare.py encode makes tokens of audio"
+        )
+    return tracks, held_out
 
 
 def _scan(config: Config, folder: str) -> list[Track]:
@@ -505,7 +512,7 @@ def _melodies(
 ) -> Melodies | None:
     """Those of all tracks, of which each process finds its share; None if none are wanted."""
     conditioner = musicgen.melody_conditioner(model.lm)
-    check_melody(config, conditioner is not None)
+    check_melody(config, conditioner is not None, tracks)
     if conditioner is None or config.drop_melody == 1:
         return None
     melodies = Melodies(conditioner)
@@ -513,8 +520,13 @@ def _melodies(
     return melodies
 
 
-def check_melody(config: Config, has_melody: bool) -> None:
-    """Errors: UserError if --drop_melody was given to a model that takes no melodies."""
+def check_melody(config: Config, has_melody: bool, tracks: list[Track]) -> None:
+    """Errors: UserError if the model takes no melodies, or the tracks are tokens and have none."""
+    if has_melody and config.drop_melody < 1 and tracks[0].codec:
+        raise UserError(
+            f"{tracks[0].place}: melodies can't be found in tokens: train on the recordings, or on "
+            "captions alone with --drop_melody=1"
+        )
     if "drop_melody" in config.model_fields_set and not has_melody:
         raise UserError(
             f"--drop_melody does nothing with --model_id={config.model_id}, which takes no "
@@ -524,10 +536,15 @@ def check_melody(config: Config, has_melody: bool) -> None:
 
 def _tokens(
     config: Config, model: MusicGen, tracks: list[Track], accelerator: Accelerator
-) -> Tokens:
-    """Those of all tracks, of which each process encodes its share."""
+) -> Tokens | None:
+    """Those of all tracks, read or encoded, each process its share; None to encode the crops."""
+    if not (config.cache_tokens or tracks[0].codec):
+        return None
     tokens = Tokens(model)
-    _in_shares(partial(tokens.prepare, model, tracks, config.batch_size), accelerator)
+    if tracks[0].codec:
+        tokens.check(tracks, config.model_id)
+    else:
+        _in_shares(partial(tokens.prepare, model, tracks, config.batch_size), accelerator)
     musicgen.move(model, "encoder", "cpu")  # not needed any more
     return tokens
 
@@ -593,7 +610,10 @@ def _facts(session: Session, precision: str) -> dict[str, str]:
     lengths = f"crops of {crop_sec:g} s"
     if short:
         lengths += f"; {short} shorter files are padded, the padding is not trained on"
-    if config.cache_tokens:
+    if tracks[0].codec:
+        lengths += "; taken from files of tokens, nothing is encoded"
+        lengths += " (--cache_tokens=1 adds nothing)" if config.cache_tokens else ""
+    elif config.cache_tokens:
         lengths += "; taken from the tokens of whole recordings"
     warmup = f"{session.warmup}"
     if session.warmup < config.warmup_steps:

@@ -1,5 +1,7 @@
 """The tokens of whole recordings, made once: training then has no EnCodec and no decoding in it.
 
+They are kept in the user's cache folder, or in files that prepare.py encode has made.
+
 Letters: B batch, C channels, K codebooks, T token frames.
 """
 
@@ -10,8 +12,10 @@ import torch
 
 import audio
 import musicgen
+import token_files
 from cache import Cache
 from dataset import Track
+from flags import UserError
 from musicgen import MusicGen
 
 # Encoded at a time, and how much of it only to be heard, on both sides. EnCodec's LSTM goes on
@@ -21,16 +25,17 @@ WINDOW_SEC, MARGIN_SEC = 30, 2
 
 
 class Tokens:
-    """The codes `[K, T]` int16 of recordings, for crops of them; on disk once `prepare` has run.
+    """The codes `[K, T]` int16 of recordings, for crops of them.
 
-    `hop` is how many samples a frame has.
+    Those of audio are on disk once `prepare` has run. `hop` is how many samples a frame has.
     """
 
     def __init__(self, model: MusicGen) -> None:
-        self.codebooks = model.lm.num_codebooks
+        self.codebooks, self.card = model.lm.num_codebooks, model.lm.card
         self.rate = round(model.frame_rate)  # frames a second
         self.hop = model.sample_rate // self.rate
-        codec = [musicgen.codec_hash(model), self.codebooks, model.audio_channels]
+        self.codec_hash = musicgen.codec_hash(model)
+        codec = [self.codec_hash, self.codebooks, model.audio_channels]
         self._cache = Cache("tokens", [*codec, model.sample_rate, WINDOW_SEC, MARGIN_SEC])
 
     def prepare(
@@ -48,18 +53,39 @@ class Tokens:
         """
 
         def find(track: Track) -> np.ndarray:
-            return np.concatenate(list(_blocks(model, track, batch_size)), axis=1)
+            return encode(model, track, batch_size)
 
         self._cache.fill(tracks, find, rank=rank, processes=processes)
+
+    def check(self, tracks: list[Track], model_id: str) -> None:
+        """Errors: UserError if they are of another model's codec."""
+        ours = token_files.codec_name(self.codec_hash, self.codebooks)
+        for track in tracks:
+            if track.codec != ours:
+                theirs = token_files.read_header(track.source)
+                raise UserError(
+                    f"{track.place}: has the tokens of {theirs.facts.model_id} "
+                    f"({theirs.codebooks} codebooks), whose EnCodec is not that of "
+                    f"--model_id={model_id} ({self.codebooks} codebooks): train that model, or "
+                    f"make them anew from the recordings with prepare.py encode "
+                    f"--model_id={model_id}"
+                )
 
     def crop(self, track: Track, start: int, frames: int) -> np.ndarray:
         """Codes `[K, T]` from a track's own frame `start` on, which is rounded to a token frame.
 
         T is `frames`, or what is left of the recording's whole frames.
-        Errors: OSError if they are no longer in the cache.
+        Errors: OSError if they are no longer in the cache; ValueError if a file is damaged.
         """
         first = round(start * self.rate / track.sample_rate)
+        if track.codec:
+            return token_files.read(track.source, first, frames, self.card)
         return self._cache(track)[:, first : first + frames]
+
+
+def encode(model: MusicGen, track: Track, batch_size: int) -> np.ndarray:
+    """The codes `[K, T]` of a whole recording. Errors: ValueError if it can't be read."""
+    return np.concatenate(list(_blocks(model, track, batch_size)), axis=1)
 
 
 def _blocks(model: MusicGen, track: Track, batch_size: int) -> Iterator[np.ndarray]:

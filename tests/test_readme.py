@@ -5,9 +5,26 @@ import re
 import pytest
 from conftest import ROOT
 
-from config import CheckConfig, CleanConfig, Config, Flags, GenerateConfig, MergeConfig
+from config import (
+    CheckConfig,
+    CleanConfig,
+    Config,
+    EncodeConfig,
+    Flags,
+    GenerateConfig,
+    MergeConfig,
+    ShardConfig,
+)
 
-COMMANDS = [Config, GenerateConfig, MergeConfig, CheckConfig, CleanConfig]
+COMMANDS = [
+    Config,
+    GenerateConfig,
+    MergeConfig,
+    CheckConfig,
+    CleanConfig,
+    EncodeConfig,
+    ShardConfig,
+]
 
 
 def row(name: str, flags: type[Flags]) -> str:
