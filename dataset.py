@@ -7,9 +7,10 @@ and split over processes without a change in what it sees.
 
 import hashlib
 import os
+import posixpath
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ import shards
 from audio import SUFFIXES, Source
 from captions import PLAIN, Caption, Captions, Merging
 from flags import UserError, first_lines
+from index import Index
 from shards import Member
 
 if TYPE_CHECKING:  # it imports this file
@@ -120,11 +122,16 @@ def scan(
 ) -> list[Track]:
     """Find and check the recordings of a dataset, decoding none but those that may hold NaN.
 
+    Those that an earlier scan has checked are not opened again; see index.py.
     `caption` is for all, `from_tags` takes the files' own tags; else see captions.py.
     Errors: a UserError that names every file which can't be used, and why.
     """
     tracks, problems = find(
-        folder, with_captions=with_captions, caption=caption, from_tags=from_tags
+        folder,
+        with_captions=with_captions,
+        caption=caption,
+        from_tags=from_tags,
+        index=Index(folder),
     )
     if problems:
         raise UserError(
@@ -140,15 +147,18 @@ def find(
     with_captions: bool = True,
     caption: str | None = None,
     from_tags: bool = False,
+    index: Index | None = None,
 ) -> tuple[list[Track], list[str]]:
     """The recordings that can be used, and for each that can't its name and why.
 
+    All are opened, but for those that `index` knows.
     Errors: UserError if there is none of either.
     """
     files, problems = _files(folder)
     names = sorted(
         (name for name in files if _is_recording(name)),
-        key=lambda name: Path(_as_wav(name)),  # twins are trained in the same order
+        # Twins are trained in the same order, and what is in a folder together.
+        key=lambda name: _as_wav(name).replace("/", "\0"),
     )
     if not names and not problems:
         raise UserError(
@@ -165,13 +175,15 @@ def find(
                 raise ValueError(f"has the same name as {twin}, and so its caption: keep one")
             written = captions.of(name) if with_captions else None
             source = files[name]
-            sample_rate, frames = audio.check(source)
+            sample_rate, frames = index.check(name, source) if index else audio.check(source)
         except (OSError, ValueError) as error:  # soundfile's errors are both, here, and ours
             problems.append(f"{name}: {error}")
         else:
             text = written.plain if written else ""
             member = source if isinstance(source, Member) else None
             tracks.append(Track(folder, name, member, text, sample_rate, frames, written))
+    if index:
+        index.save(names)
     return tracks, problems
 
 
@@ -215,14 +227,13 @@ def _files(dataset_path: str) -> tuple[_Files, list[str]]:
 
 
 def _is_recording(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    return name.lower().endswith(SUFFIXES) and not posixpath.basename(name).startswith(".")
 
 
 def _as_wav(name: str) -> str:
     """A recording's name with another suffix replaced by .wav; a .WAV stays as it is."""
-    path = PurePosixPath(name)
-    return name if path.suffix.lower() == ".wav" else path.with_suffix(".wav").as_posix()
+    stem, suffix = posixpath.splitext(name)
+    return name if suffix.lower() == ".wav" else f"{stem}.wav"
 
 
 def _walk(root: Path) -> Iterator[str]:
