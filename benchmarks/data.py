@@ -201,17 +201,17 @@ def _scanning(folder: str) -> tuple[float, int, int]:
 
 
 def _first_step(command: list[str]) -> str:
-    began, ready = time.perf_counter(), 0.0
+    began, said = time.perf_counter(), ""
     with psutil.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
+        for line in process.stdout:  # to its end: run.py must not write to a closed pipe
             if line.startswith("data "):
-                ready = time.perf_counter() - began
+                said = f"ready after {time.perf_counter() - began:.1f} s, "
             if line.startswith("step 1/"):
                 gb = process.memory_info().rss / 1e9
-                return (
-                    f"ready {ready:.1f} s, step 1 {time.perf_counter() - began:.1f} s, {gb:.2f} GB"
-                )
-    raise RuntimeError("run.py took no step")
+                said += f"step 1 after {time.perf_counter() - began:.1f} s, {gb:.2f} GB"
+    if process.returncode:
+        raise RuntimeError("run.py failed")
+    return said
 
 
 def stream(count: int = 10_000, shards: int = 10) -> None:
