@@ -6,14 +6,16 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 import checkpoint
-from dataset import Track
 from flags import UserError
+
+if TYPE_CHECKING:  # it imports this file
+    from dataset import Track
 
 
 def folder(kind: str) -> Path:
@@ -35,8 +37,8 @@ class Cache:
 
     def fill(
         self,
-        tracks: list[Track],
-        find: Callable[[Track], np.ndarray],
+        tracks: list["Track"],
+        find: Callable[["Track"], np.ndarray],
         *,
         rank: int = 0,
         processes: int = 1,
@@ -61,7 +63,7 @@ class Cache:
                 raise UserError(f"{track.place}: {error}") from None
             checkpoint.write(path, functools.partial(np.save, arr=array))
 
-    def __call__(self, track: Track) -> np.ndarray:
+    def __call__(self, track: "Track") -> np.ndarray:
         """What is kept of a recording, read where it is looked at. Errors: OSError."""
         path = self._path(track)
         try:
@@ -72,9 +74,9 @@ class Cache:
                 "delete it if it is still there, and start again"
             ) from None
 
-    def _path(self, track: Track) -> Path:
+    def _path(self, track: "Track") -> Path:
         return folder(self.kind) / f"{self._names[track.root, track.name]}.npy"
 
-    def _name(self, track: Track) -> str:
+    def _name(self, track: "Track") -> str:
         key = [*self.settings, str(track.path.resolve()), *track.stamp()]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]

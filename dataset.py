@@ -7,9 +7,10 @@ and split over processes without a change in what it sees.
 
 import hashlib
 import os
+import posixpath
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ import token_files
 from audio import SUFFIXES, Source
 from captions import PLAIN, Caption, Captions, Merging
 from flags import UserError, first_lines
+from index import Index
 from shards import Member
 
 if TYPE_CHECKING:  # it imports this file
@@ -129,11 +131,16 @@ def scan(
 ) -> list[Track]:
     """Find and check the recordings of a dataset, decoding none but those that may hold NaN.
 
+    Those that an earlier scan has checked are not opened again; see index.py.
     `caption` is for all, `from_tags` takes the files' own tags; else see captions.py.
     Errors: a UserError that names every file which can't be used, and why.
     """
     tracks, problems = find(
-        folder, with_captions=with_captions, caption=caption, from_tags=from_tags
+        folder,
+        with_captions=with_captions,
+        caption=caption,
+        from_tags=from_tags,
+        index=Index(folder),
     )
     if problems:
         raise UserError(
@@ -149,15 +156,18 @@ def find(
     with_captions: bool = True,
     caption: str | None = None,
     from_tags: bool = False,
+    index: Index | None = None,
 ) -> tuple[list[Track], list[str]]:
     """The recordings that can be used, and for each that can't its name and why.
 
+    All are opened, but for those that `index` knows.
     Errors: UserError if there is none of either.
     """
     files, problems = _files(folder)
     names = sorted(
         (name for name in files if _is_recording(name)),
-        key=lambda name: Path(_as_wav(name)),  # twins are trained in the same order
+        # Twins are trained in the same order, and what is in a folder together.
+        key=lambda name: _as_wav(name).replace("/", "\0"),
     )
     if not names and not problems:
         raise UserError(
@@ -175,22 +185,24 @@ def find(
             written = captions.of(name) if with_captions else None
             _check_text(written)
             source = files[name]
-            sample_rate, frames, codec = _check(source)
+            sample_rate, frames, codec = _check(name, source, index)
         except (OSError, ValueError) as error:  # soundfile's errors are both, here, and ours
             problems.append(f"{name}: {error}")
         else:
             text = written.plain if written else ""
             member = source if isinstance(source, Member) else None
             tracks.append(Track(folder, name, member, text, sample_rate, frames, written, codec))
+    if index:
+        index.save(names)
     return tracks, problems
 
 
-def _check(source: Source) -> tuple[int, int, str | None]:
+def _check(name: str, source: Source, index: Index | None) -> tuple[int, int, str | None]:
     """(sample rate in Hz, frames, what its tokens are of) of what can be trained on."""
     if source.suffix.lower() == token_files.SUFFIX:
         header = token_files.read_header(source)
         return header.facts.sample_rate, header.facts.frames, header.codec
-    return *audio.check(source), None
+    return *(index.check(name, source) if index else audio.check(source)), None
 
 
 class _Files(Mapping[str, Source]):
@@ -233,14 +245,14 @@ def _files(dataset_path: str) -> tuple[_Files, list[str]]:
 
 
 def _is_recording(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix.lower() in (*SUFFIXES, token_files.SUFFIX) and not path.name.startswith(".")
+    is_one = name.lower().endswith((*SUFFIXES, token_files.SUFFIX))
+    return is_one and not posixpath.basename(name).startswith(".")
 
 
 def _as_wav(name: str) -> str:
     """A recording's name with another suffix replaced by .wav; a .WAV stays as it is."""
-    path = PurePosixPath(name)
-    return name if path.suffix.lower() == ".wav" else path.with_suffix(".wav").as_posix()
+    stem, suffix = posixpath.splitext(name)
+    return name if suffix.lower() == ".wav" else f"{stem}.wav"
 
 
 def _walk(root: Path) -> Iterator[str]:

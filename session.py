@@ -367,7 +367,7 @@ def _scan(config: Config, folder: str) -> list[Track]:
         caption=config.caption,
         from_tags=config.caption_from == "tags",
     )
-    if config.no_label:
+    if config.no_label or not (config.trigger or config.placeholder):
         return tracks
     return [replace(t, caption=_in_front(config)(t.caption)) for t in tracks]
 

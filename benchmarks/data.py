@@ -1,28 +1,47 @@
-"""What reading a clip costs: from a long file and a short one, and beside the original way.
+"""What reading clips costs: one, many, beside the original way; and starting with many.
 
-    python -m benchmarks.data
+    python -m benchmarks.data lengths   # a crop of a long file and of a short one
+    python -m benchmarks.data rates     # clips a second from one worker, five ways; 0.2 GB
+    python -m benchmarks.data scale     # two starts of run.py with 100,000 clips; 1.3 GB
+    python -m benchmarks.data stream    # the memory that reading 10,000 clips in shards takes
 
-From the project's root. Writes 44.1 kHz stereo 16-bit files of tones and noise (0.8 GB) into a
-temporary folder and removes them; they are read from the system's file cache. The original way is
-that of the first public trainer: decode the whole file, resample all of it with
-`torchaudio.functional.resample`, then crop.
+From the project's root, in a temporary folder that is removed; all is read from the system's file
+cache. `lengths` and `rates` write 44.1 kHz stereo 16-bit files of tones and noise. The original way
+is that of the first public trainer: decode the whole file, resample all of it with
+`torchaudio.functional.resample`, then crop. `scale` and `stream` have files of 0.6 s, as what they
+measure comes with the number of files.
 """
 
+import contextlib
+import io
+import multiprocessing
 import os
 import platform
+import shutil
 import statistics
+import subprocess
+import sys
+import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fire
 import numpy as np
+import psutil
 import soundfile as sf
 import torch
 import torchaudio
 
+import cache
+import musicgen
+from benchmarks.step import peak_rss
 from dataset import Clip, Clips, Pick, Track, scan
+from demo.tiny import build_musicgen
 from plan import Plan, train_batches
+from tokens import Tokens
 
 RATE_HZ = 44_100
 MODEL_RATE_HZ = 32_000
@@ -43,6 +62,19 @@ class WholeFiles(Clips):
         return Clip(crop, self.samples, track.caption, track.name)
 
 
+class RawBytes(Clips):
+    """The ceiling: as many bytes as a crop has in its file, from where it is, and no more."""
+
+    def __getitem__(self, pick: Pick) -> Clip:
+        track = self.tracks[pick.index]
+        frames = self.samples * track.sample_rate // self.sample_rate
+        rng = np.random.default_rng([self.seed, pick.epoch, pick.index])
+        start = 4 * int(rng.integers(track.frames - frames + 1))  # 16 bit, stereo
+        begin = 44 + start + (track.member.offset if track.member else 0)
+        data = np.fromfile(track.path, np.int16, 2 * frames, offset=begin)
+        return Clip(torch.from_numpy(data), self.samples, track.caption, track.name)
+
+
 def write_track(path: Path, seconds: int) -> None:
     rng = np.random.default_rng(seconds)
     times = np.arange(RATE_HZ) / RATE_HZ
@@ -53,66 +85,163 @@ def write_track(path: Path, seconds: int) -> None:
     path.with_suffix(".txt").write_text("tones and noise\n")
 
 
-def make_clips(cls: type[Clips], tracks: list[Track]) -> Clips:
+@contextlib.contextmanager
+def temporary() -> Iterator[Path]:
+    """A folder for everything, with a cache in it."""
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["XDG_CACHE_HOME"] = f"{name}/cache"
+        yield Path(name)
+
+
+def make_clips(cls: type[Clips], tracks: list[Track], **options: Any) -> Clips:
     samples = CROP_SEC * MODEL_RATE_HZ
-    return cls(tracks, sample_rate=MODEL_RATE_HZ, channels=1, samples=samples, seed=0)
+    shape = {"sample_rate": MODEL_RATE_HZ, "channels": 1, "samples": samples, "seed": 0}
+    return cls(tracks, **{**shape, **options})
 
 
-def long_and_short(folder: Path, minutes: int, crops: int) -> None:
+def lengths(minutes: int = 60, crops: int = 60) -> None:
     """The same crop length out of 1 minute and out of many, in turns."""
-    for length_min in (1, minutes):
-        write_track(folder / f"{length_min:03d}.wav", 60 * length_min)
-    clips = make_clips(Clips, scan(str(folder)))
-    milliseconds: list[list[float]] = [[], []]
-    for epoch in range(crops + 1):
-        for index, taken in enumerate(milliseconds):
-            start = time.perf_counter()
-            clip = clips[Pick(epoch, index)]
-            taken.append(1000 * (time.perf_counter() - start))
-            assert clip.valid_samples == clips.samples and not clip.error
+    with temporary() as folder:
+        for length_min in (1, minutes):
+            write_track(folder / f"{length_min:03d}.wav", 60 * length_min)
+        clips = make_clips(Clips, scan(str(folder)))
+        milliseconds: list[list[float]] = [[], []]
+        for epoch in range(crops + 1):
+            for index, taken in enumerate(milliseconds):
+                start = time.perf_counter()
+                clip = clips[Pick(epoch, index)]
+                taken.append(1000 * (time.perf_counter() - start))
+                assert clip.valid_samples == clips.samples and not clip.error
     short, long = (statistics.median(taken[1:]) for taken in milliseconds)
     print(f"a {CROP_SEC} s crop of 1 min   {short:8.1f} ms, median of {crops} random crops")
     print(f"a {CROP_SEC} s crop of {minutes} min  {long:8.1f} ms, ratio {long / short:.3f}")
 
 
-def one_worker(folder: Path, repeats: int) -> None:
-    """Clips a second through the training's own loader with one worker, in turns."""
-    for seconds in (180, 200, 220, 240):
-        write_track(folder / f"{seconds}.wav", seconds)
-    tracks = scan(str(folder))
-    rates: dict[str, list[float]] = {"ours": [], "original": []}
-    for repeat in range(repeats):
-        for (name, taken), cls, batches in zip(
-            rates.items(), (Clips, WholeFiles), (17, 5), strict=True
-        ):
-            plan = Plan(
-                files=4, batch_size=2, grad_acc=1, epochs=batches, max_steps=batches, seed=repeat
-            )
-            loader = train_batches(make_clips(cls, tracks), plan, start=0, rank=0, workers=1)
-            next(loader)  # the worker has started
-            start = time.perf_counter()
-            count = sum(len(batch.names) for batch in loader)
-            taken.append(count / (time.perf_counter() - start))
-            print(f"  {name}: {count} clips, {taken[-1]:.2f} clips/s", flush=True)
-    ours, original = (statistics.median(taken) for taken in rates.values())
-    print("one worker, tracks of 3 to 4 minutes, 44.1 kHz stereo -> 32 kHz mono, medians:")
-    print(f"ours {ours:.2f} clips/s, original {original:.2f} clips/s, ratio {ours / original:.1f}")
-
-
-def main(minutes: int = 60, crops: int = 60, repeats: int = 5) -> None:
-    """Both comparisons.
+def rates(files: int = 4, repeats: int = 5) -> None:
+    """Clips a second through the training's own loader with one worker, in turns.
 
     Args:
-        minutes: length of the long file.
-        crops: random crops out of the long and out of the short file.
+        files: tracks of 3 minutes.
         repeats: runs of a worker, each way.
     """
+    with temporary() as folder:
+        data = folder / "data"
+        data.mkdir()
+        for index in range(files):
+            write_track(data / f"{index}.wav", 180)
+        with tarfile.open(folder / "shard.tar", "w") as tar:
+            tar.add(data, ".")
+        tracks, in_shard = scan(str(data)), scan(str(folder / "shard.tar"))
+        # The codec of the tests: the codes' values don't matter for the speed.
+        model = musicgen.load(str(build_musicgen(folder / "model")), torch.device("cpu"))
+        tokens = Tokens(model)
+        tokens.prepare(model, tracks, 1)
+        ways = {  # and how many batches of each
+            "original": (make_clips(WholeFiles, tracks), 5),
+            "folder": (make_clips(Clips, tracks), 17),
+            "shard": (make_clips(Clips, in_shard), 17),
+            "tokens": (make_clips(Clips, tracks, tokens=tokens), 400),
+            "raw bytes": (make_clips(RawBytes, tracks), 100),
+        }
+        found: dict[str, list[float]] = {way: [] for way in ways}
+        for repeat in range(repeats):
+            for way, (clips, batches) in ways.items():
+                plan = Plan(files, 2, 1, epochs=batches, max_steps=batches, seed=repeat)
+                loader = train_batches(clips, plan, start=0, rank=0, workers=1)
+                next(loader)  # the worker has started
+                start = time.perf_counter()
+                count = sum(len(batch.names) for batch in loader)
+                found[way].append(count / (time.perf_counter() - start))
+    print("one worker, tracks of 3 minutes, 44.1 kHz stereo -> 30 s of 32 kHz mono, medians:")
+    original = statistics.median(found["original"])
+    for way, taken in found.items():
+        rate = statistics.median(taken)
+        print(f"{way:10}{rate:9.2f} clips/s, {rate / original:7.1f} times the original way", end="")
+        print(f"  ({min(taken):.2f} to {max(taken):.2f})")
+
+
+def write_small(folder: Path, count: int) -> None:
+    """Recordings of 0.6 s with captions, 1000 in a folder."""
+    wav = io.BytesIO()
+    noise = np.random.default_rng(0).normal(0, 0.1, 4800)
+    sf.write(wav, noise, 8000, format="WAV", subtype="PCM_16")
+    for index in range(count):
+        stem = f"{folder}/{index // 1000:03d}/{index:06d}"
+        if index % 1000 == 0:
+            Path(stem).parent.mkdir(parents=True)
+        Path(f"{stem}.wav").write_bytes(wav.getvalue())
+        Path(f"{stem}.txt").write_text(f"tune number {index}, slow piano")
+
+
+def scale(count: int = 100_000) -> None:
+    """A first and a second start: scanning alone, and run.py with the demo model to step 1."""
+    with temporary() as folder:
+        data = folder / "data"
+        write_small(data, count)
+        time.sleep(3)  # what has just changed is not kept in the index
+        run = f"""run.py --dataset_path={data} --model_id=demo --max_steps=1 --duration=1
+            --batch_size=2 --device=cpu --overwrite=1 --output_dir={folder}/models"""
+        for start in ("first", "second"):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                seconds, grown, peak = pool.apply(_scanning, (str(data),))
+            print(f"{start} scan: {seconds:.1f} s, {grown / count:.0f} bytes a clip", end=", ")
+            print(f"at the peak {peak / count:.0f}", flush=True)
+        shutil.rmtree(cache.folder("index"))
+        for start in ("first", "second"):
+            print(f"{start} run.py: {_first_step(run.split())}", flush=True)
+
+
+def _scanning(folder: str) -> tuple[float, int, int]:
+    """Seconds, and bytes that the process has grown by, after it and at its peak."""
+    before, began = psutil.Process().memory_info().rss, time.perf_counter()
+    tracks = scan(folder)
+    seconds, after = time.perf_counter() - began, psutil.Process().memory_info().rss
+    assert tracks
+    return seconds, after - before, peak_rss() - before
+
+
+def _first_step(command: list[str]) -> str:
+    began, said = time.perf_counter(), ""
+    with psutil.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:  # to its end: run.py must not write to a closed pipe
+            if line.startswith("data "):
+                said = f"ready after {time.perf_counter() - began:.1f} s, "
+            if line.startswith("step 1/"):
+                gb = process.memory_info().rss / 1e9
+                said += f"step 1 after {time.perf_counter() - began:.1f} s, {gb:.2f} GB"
+    if process.returncode:
+        raise RuntimeError("run.py failed")
+    return said
+
+
+def stream(count: int = 10_000, shards: int = 10) -> None:
+    """Resident memory of training's loader and its worker, at each tenth of an epoch."""
+    with temporary() as folder:
+        write_small(folder / "data", count)
+        names = sorted((folder / "data").glob("*/*"))
+        for shard in range(shards):
+            with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
+                for name in names[shard * len(names) // shards :][: len(names) // shards]:
+                    tar.add(name, name.name)
+        shutil.rmtree(folder / "data")
+        clips = make_clips(Clips, scan(str(folder)), samples=MODEL_RATE_HZ // 2)
+        plan = Plan(count, 4, 1, epochs=1, max_steps=None, seed=0)
+        began, megabytes = time.perf_counter(), []
+        loader = train_batches(clips, plan, start=0, rank=0, workers=1)
+        for done, _ in enumerate(loader, 1):
+            if done % (plan.total_steps // 10) == 0 and done < plan.total_steps:
+                both = [psutil.Process(), *psutil.Process().children()]
+                megabytes.append(sum(p.memory_info().rss for p in both) / 1e6)
+        rate = count / (time.perf_counter() - began)
+    print(f"{count} clips in {shards} shards, {rate:.0f} clips/s; MB at each tenth of the epoch:")
+    print(*(f"{mb:.0f}" for mb in megabytes), f"spread {max(megabytes) / min(megabytes) - 1:.1%}")
+
+
+def _main() -> None:
     print(f"{platform.platform()}, {os.cpu_count()} cores", end=", ")
     print(f"torch {torch.__version__}, Python {platform.python_version()}", flush=True)
-    for measure, count in ((long_and_short, (minutes, crops)), (one_worker, (repeats,))):
-        with tempfile.TemporaryDirectory() as folder:
-            measure(Path(folder), *count)
+    fire.Fire({"lengths": lengths, "rates": rates, "scale": scale, "stream": stream})
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    _main()

@@ -3,7 +3,6 @@
     python -m benchmarks.tokens codes     # the demo's model and data
     python -m benchmarks.tokens blocks    # windows, beside the whole recording at once
     python -m benchmarks.tokens learn     # held-out cross entropy, trained both ways
-    python -m benchmarks.tokens read      # clips a second from one worker, without EnCodec
 
 From the project's root, on the CPU; tokens are kept in a temporary folder. `codes` compares the
 codes of a crop that is encoded by itself with those of the same frames in the whole recording: for
@@ -15,7 +14,6 @@ codes of the kind that it was trained on.
 import os
 import platform
 import tempfile
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,12 +24,9 @@ import torch
 
 import audio
 import musicgen
-from benchmarks.data import CROP_SEC, MODEL_RATE_HZ, make_clips, write_track
-from dataset import Clips, Track, scan
+from dataset import Track, scan
 from demo.demo import DATASET, TRAIN, run
-from demo.tiny import build_musicgen
 from musicgen import MusicGen
-from plan import Plan, train_batches
 from report import read_rows
 from tokens import Tokens
 
@@ -108,33 +103,9 @@ def learn(steps: int = 60, seed: int = 0) -> None:
             )
 
 
-def read(files: int = 4, batches: int = 40) -> None:
-    """Tracks of 3 minutes, 44.1 kHz stereo; crops of 30 s, through training's own loader."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        os.environ["XDG_CACHE_HOME"] = name
-        for index in range(files):
-            write_track(folder / f"{index}.wav", 180)
-        tracks = scan(name)
-        # The codec of the tests: the codes' values don't matter for the speed.
-        model = musicgen.load(str(build_musicgen(folder / "model")), CPU)
-        tokens = Tokens(model)
-        tokens.prepare(model, tracks, 1)
-        samples = CROP_SEC * MODEL_RATE_HZ
-        shape = {"sample_rate": MODEL_RATE_HZ, "channels": 1, "samples": samples, "seed": 0}
-        kept = Clips(tracks, tokens=tokens, **shape)  # type: ignore[arg-type]
-        for way, clips in (("files", make_clips(Clips, tracks)), ("tokens", kept)):
-            plan = Plan(files, 2, 1, epochs=batches, max_steps=batches, seed=0)
-            loader = train_batches(clips, plan, start=0, rank=0, workers=1)
-            next(loader)  # the worker has started
-            start = time.perf_counter()
-            count = sum(len(batch.names) for batch in loader)
-            print(f"from {way}: {count / (time.perf_counter() - start):.1f} clips/s", flush=True)
-
-
 def _main() -> None:
     print(f"{platform.platform()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    fire.Fire({"codes": codes, "blocks": blocks, "learn": learn, "read": read})
+    fire.Fire({"codes": codes, "blocks": blocks, "learn": learn})
 
 
 if __name__ == "__main__":
