@@ -34,6 +34,7 @@ TAGS = {  # what a file's own tags are called, by ffmpeg or in the file
 }
 TABLES = ("metadata.csv", "metadata.jsonl")
 TEXT_COLUMNS = ("text", "caption")
+MAX_TOKENS = 512  # of T5; what a caption has more is cut
 
 
 class Caption(NamedTuple):
@@ -116,12 +117,12 @@ class Captions:
             return Caption("--caption", self.one)
         if self.from_tags:
             return _from_tags(self.files[recording])
-        if source := self._beside(recording, ".txt"):
+        if source := self.beside(recording, ".txt"):
             text = " ".join(_read(source).split())
             if not text:
                 raise ValueError(f"its caption {source.name} is empty: write what is heard in it")
             return Caption(".txt files", text)
-        if source := self._beside(recording, ".json"):
+        if source := self.beside(recording, ".json"):
             return _from_json(source)
         for folder, source in self._tables(recording):
             texts = self._table(source).get(recording.removeprefix(folder), [])
@@ -141,7 +142,8 @@ class Captions:
             "--caption_from=tags, or --no_label=1 for none"
         )
 
-    def _beside(self, recording: str, suffix: str) -> Source | None:
+    def beside(self, recording: str, suffix: str) -> Source | None:
+        """The file of a recording's name with another suffix, if there is one."""
         stem = recording[: recording.rindex(".")]
         names = (stem + s for s in (suffix, suffix.upper()))
         return next((self.files[name] for name in names if name in self.files), None)

@@ -469,8 +469,24 @@ class CheckConfig(Flags):
         description="new folder to copy what is usable to: not broken, not silent, no duplicates; "
         "None = off",
     )
+    caption_from: Literal["auto", "tags"] = Field(
+        "auto", description="as for run.py: auto = files beside them, tags = their own tags"
+    )
+    caption: Words | None = Field(None, description="as for run.py: one for all; None = off")
     no_label: bool = Field(False, description="as for run.py: captions are not needed")
     duration: float = Field(30.0, ge=1, description="as for run.py: seconds of a crop")
     batch_size: int = Field(4, ge=1, description="as for run.py: clips in a batch")
     grad_acc: int = Field(2, ge=1, description="as for run.py: batches for one optimizer step")
     picture: AnyPath = Field("check.png", description="where the picture goes")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "CheckConfig":
+        of_captions = [
+            name
+            for name in ("caption_from", "caption", "no_label")
+            if name in self.model_fields_set
+        ]
+        if len(of_captions) > 1 and (self.caption or self.no_label):
+            names = " and ".join(f"--{name}" for name in of_captions)
+            raise ValueError(f"{names} exclude each other: give one of them")
+        return self
