@@ -75,6 +75,9 @@ def _open(file: str | BinaryIO) -> "av.container.InputContainer":
     if not container.streams.audio:
         container.close()
         raise ValueError("holds no audio")
+    if container.streams.audio[0].codec_context is None:
+        container.close()
+        raise ValueError("can't be read as audio (its coding is unknown)")
     return container
 
 
