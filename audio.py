@@ -27,7 +27,9 @@ OGG_PAGE = 2**18  # more frames than a page of Vorbis usually has: 255 packets o
 
 def check(source: Source) -> tuple[int, int]:
     """(sample rate in Hz, frames) of what can be trained on, or a ValueError why not."""
-    if isinstance(source, Path) and source.stat().st_size == 0:
+    if isinstance(source, Path) and not source.is_file():
+        raise ValueError("is not a plain file")
+    if (source.stat().st_size if isinstance(source, Path) else source.size) == 0:
         raise ValueError("the file is empty (0 bytes)")
     with _opened(source) as file:
         if _is_m4a(source):

@@ -37,6 +37,7 @@ TAGS = {  # what a file's own tags are called, by ffmpeg or in the file
 }
 TABLES = ("metadata.csv", "metadata.jsonl")
 TEXT_COLUMNS = ("text", "caption")
+MAX_TOKENS = 512  # of T5; what a caption has more is cut
 
 
 class Caption(NamedTuple):

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 import audio
+import captions
 import checkpoint
 import dataset
 from config import CleanConfig
@@ -125,7 +126,7 @@ def _clean(
     Errors: ValueError why the recording can't be used; OSError, UserError if the disk is full.
     """
     rate, channels = track.sample_rate, 0
-    captions = _captions(track, config)
+    beside = captions.files(track.source, track.written) if track.written else {}
     with tempfile.TemporaryFile(dir=out) as file:
         for block in read(track):
             file.write(block.tobytes())
@@ -145,22 +146,10 @@ def _clean(
             gain, note = _gain(piece, rate, config.loudness)
             if note:
                 notes.append(f"{path.relative_to(out).as_posix()}: {note}")
-            for suffix, content in captions.items():
+            for suffix, content in beside.items():
                 checkpoint.write_bytes(path.with_suffix(suffix), content)
             checkpoint.write(path, partial(_write, wav=piece, rate=rate, gain=gain))
     return len(pieces), sum(stop - start for start, stop in pieces), notes
-
-
-def _captions(track: Track, config: CleanConfig) -> dict[str, bytes]:
-    """Suffix -> content: the caption files as they are, or else one that is made of the caption."""
-    beside = {
-        suffix: path.read_bytes()
-        for suffix in (".txt", ".json")
-        for path in map(track.path.with_suffix, (suffix.upper(), suffix))
-        if path.is_file() and config.caption_from == "auto"
-    }
-    made = {".txt": f"{track.caption}\n".encode()} if track.caption else {}
-    return beside or made
 
 
 def _blocks(track: Track) -> Iterator[np.ndarray]:  # [frames, C]

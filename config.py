@@ -166,7 +166,7 @@ class Config(Flags):
     overwrite: bool = Field(False, description="replace an earlier run's files in output_dir")
 
     # Captions.
-    caption_from: Literal["auto", "tags"] = Field(
+    caption_from: CaptionFrom = Field(
         "auto",
         description="auto = of each recording the first that is there: NAME.txt, NAME.json, a row "
         "of metadata.csv or metadata.jsonl; tags = the files' own title, artist, genre, comment",
@@ -490,11 +490,20 @@ class CheckConfig(Flags):
         description="new folder to copy what is usable to: not broken, not silent, no duplicates; "
         "None = off",
     )
+    caption_from: CaptionFrom = Field(
+        "auto", description="as for run.py: auto = files beside them, tags = their own tags"
+    )
+    caption: Words | None = Field(None, description="as for run.py: one for all; None = off")
     no_label: bool = Field(False, description="as for run.py: captions are not needed")
     duration: float = Field(30.0, ge=1, description="as for run.py: seconds of a crop")
     batch_size: int = Field(4, ge=1, description="as for run.py: clips in a batch")
     grad_acc: int = Field(2, ge=1, description="as for run.py: batches for one optimizer step")
     picture: AnyPath = Field("check.png", description="where the picture goes")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "CheckConfig":
+        _check_caption_flags(self)
+        return self
 
 
 class EncodeConfig(Flags):
@@ -550,7 +559,7 @@ class ShardConfig(Flags):
         return self
 
 
-def _check_caption_flags(config: EncodeConfig | ShardConfig) -> None:
+def _check_caption_flags(config: CheckConfig | EncodeConfig | ShardConfig) -> None:
     given = [n for n in ("caption_from", "caption", "no_label") if n in config.model_fields_set]
     if len(given) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} exclude each other: give one of them")
@@ -588,8 +597,8 @@ class CleanConfig(Flags):
         description="bring every file to this loudness (LUFS, such as -14), less where its peak "
         "would go beyond -1 dBFS; None = off",
     )
-    caption_from: Literal["auto", "tags"] = Field(
-        "auto", description="as for run.py; those from tables or tags are written as NAME.txt"
+    caption_from: CaptionFrom = Field(
+        "auto", description="as for run.py; those from tables or tags get files of their own"
     )
     no_label: bool = Field(False, description="as for run.py: captions are not needed")
     device: Device = Field("auto", description="of demucs: auto, cuda, mps or cpu")

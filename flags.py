@@ -167,8 +167,14 @@ def _describe(cls: type[Flags], problem: Any) -> str:
 
 
 def first_lines(lines: list[str], limit: int = 20) -> str:
-    """Up to a screenful of lines, then how many more there are."""
-    shown = [f"  {line}" for line in lines[:limit]]
+    """Up to a screenful of lines, then how many more there are.
+
+    Names and captions may hold what would steer the terminal.
+    """
+    shown = [
+        "  " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        for line in lines[:limit]
+    ]
     if len(lines) > limit:
         shown.append(f"  ... and {len(lines) - limit} more")
     return "\n".join(shown)

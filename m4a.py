@@ -13,6 +13,8 @@ import numpy as np
 
 # Decoded before a crop and thrown away: an AAC frame overlaps the one before, by up to 2048.
 PREROLL = 8_192
+# ffmpeg's names; of its others, some (concat, hls) are lists of other files, which it would read.
+FORMATS = "mov,wav,w64,flac,mp3,ogg,aiff,aac"
 
 
 def check(file: str | BinaryIO) -> tuple[int, int, int]:
@@ -71,10 +73,13 @@ def tags(file: str | BinaryIO) -> dict[str, str]:
 
 
 def _open(file: str | BinaryIO) -> "av.container.InputContainer":
-    container = av.open(file, "r", metadata_errors="replace")
+    container = av.open(file, "r", options={"format_whitelist": FORMATS}, metadata_errors="replace")
     if not container.streams.audio:
         container.close()
         raise ValueError("holds no audio")
+    if container.streams.audio[0].codec_context is None:
+        container.close()
+        raise ValueError("can't be read as audio (its coding is unknown)")
     return container
 
 

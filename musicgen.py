@@ -499,7 +499,7 @@ class TextEncoder:
     def _encode(self, caption: str) -> torch.Tensor:  # [L, width of T5], on the CPU
         conditioner = self.conditioner
         inputs = conditioner.t5_tokenizer(
-            [caption], return_tensors="pt", truncation=True, max_length=512
+            [caption], return_tensors="pt", truncation=True, max_length=captions.MAX_TOKENS
         ).to(conditioner.t5.device)
         hidden = conditioner.t5(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]

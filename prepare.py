@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import re
 import shutil
 import sys
 from collections import Counter, defaultdict
@@ -18,8 +19,10 @@ from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 import audio
+import captions
 import checkpoint
 import dataset
+from captions import MAX_TOKENS
 from clean import clean
 from config import CheckConfig, CleanConfig, EncodeConfig, ShardConfig
 from dataset import Track
@@ -93,7 +96,12 @@ def check(config: CheckConfig) -> bool:
             raise UserError(f"--fix={target}: holds files already; name a new folder")
     _check_picture(Path(config.picture))
 
-    tracks, problems = dataset.find(config.folder, with_captions=not config.no_label)
+    tracks, problems = dataset.find(
+        config.folder,
+        with_captions=not config.no_label,
+        caption=config.caption,
+        from_tags=config.caption_from == "tags",
+    )
     sounds: dict[str, Sound] = {}
     encoded = [track for track in tracks if track.codec]
     tracks = [track for track in tracks if not track.codec]
@@ -111,7 +119,8 @@ def check(config: CheckConfig) -> bool:
     copies = _copies(tracks, sounds)
     silent = [track.name for track in tracks if sounds[track.name].silent == 1]
     tracks = tracks + encoded
-    print("\n".join(_facts(config, tracks)))
+    unit, lengths = _caption_lengths([track.caption for track in tracks])
+    print("\n".join(_facts(config, tracks, unit, lengths)))
     if encoded:
         print(f"tokens     {len(encoded)} of them are files of tokens, which were not listened to")
     warnings = {
@@ -131,17 +140,23 @@ def check(config: CheckConfig) -> bool:
             for name, sound in sounds.items()
             if 1 / 3 < sound.silent < 1
         ],
-        "have the caption of another recording": _shared_captions(tracks),
+        "have the caption of another recording": [] if config.caption else _shared_captions(tracks),
+        f"have captions of more than {MAX_TOKENS} {unit}, of which training takes the first "
+        f"{MAX_TOKENS} tokens": [
+            f"{track.name}: {length}"
+            for track, length in zip(tracks, lengths, strict=True)
+            if length > MAX_TOKENS
+        ],
     }
     for what, names in warnings.items():
         if names:
             print(f"\n{len(names)} {what}:\n{first_lines(names)}")
     if tracks:
-        draw(tracks, list(sounds.values()), Path(config.picture))
+        draw(tracks, list(sounds.values()), unit, lengths, Path(config.picture))
         print(f"\npicture    {config.picture}")
     usable = [track for track in tracks if track.name not in {*silent, *copies}]
     if target:
-        _copy(usable, target, with_captions=not config.no_label)
+        _copy(usable, target)
         print(f"fixed      {len(usable)} recordings copied to {target}")
     is_good = bool(tracks) and not problems
     print(
@@ -207,13 +222,27 @@ def _shared_captions(tracks: list[Track]) -> list[str]:
     return [f"{name}: {caption}" for caption, who in shared.items() for name in who[1:]]
 
 
-def _facts(config: CheckConfig, tracks: list[Track]) -> list[str]:
+def _caption_lengths(captions: list[str]) -> tuple[str, list[int]]:
+    """What captions are measured in, and how long each is.
+
+    Every MusicGen reads T5's tokens, but only who has trained one has the tokenizer at hand. A word
+    is at least a token, so that a caption which is too long in words is so in tokens too.
+    """
+    from transformers import T5Tokenizer
+
+    try:
+        tokenizer = T5Tokenizer.from_pretrained("t5-base", local_files_only=True)
+    except OSError:
+        return "words (T5's tokens once a model is downloaded)", [len(c.split()) for c in captions]
+    return "tokens", [len(tokenizer(c, verbose=False)["input_ids"]) for c in captions]
+
+
+def _facts(config: CheckConfig, tracks: list[Track], unit: str, lengths: list[int]) -> list[str]:
     if not tracks:
         return ["data       nothing that can be trained on"]
     seconds = [track.duration_sec for track in tracks]
     total, middle = format_seconds(sum(seconds)), format_seconds(float(np.median(seconds)))
     short = sum(length < config.duration for length in seconds)
-    words = [len(track.caption.split()) for track in tracks]
     steps = -(-len(tracks) // (config.batch_size * config.grad_acc))
     return [
         f"data       {len(tracks)} recordings, {total} in all",
@@ -222,7 +251,7 @@ def _facts(config: CheckConfig, tracks: list[Track]) -> list[str]:
         f"rate       {_counted(f'{track.sample_rate} Hz' for track in tracks)}",
         "captions   none, as no_label=1"
         if config.no_label
-        else f"captions   {min(words)} to {max(words)} words, median {np.median(words):g}; "
+        else f"captions   {min(lengths)} to {max(lengths)} {unit}, median {np.median(lengths):g}; "
         f"{len({track.caption for track in tracks})} different ones",
         f"steps      {steps} an epoch at --batch_size={config.batch_size} "
         f"--grad_acc={config.grad_acc}",
@@ -233,7 +262,9 @@ def _counted(values: Iterable[str]) -> str:
     return ", ".join(f"{value} ({count})" for value, count in Counter(values).most_common())
 
 
-def draw(tracks: list[Track], sounds: list[Sound], path: Path) -> None:
+def draw(
+    tracks: list[Track], sounds: list[Sound], unit: str, lengths: list[int], path: Path
+) -> None:
     """Histograms of lengths, levels and captions' lengths, as a png."""
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
@@ -242,8 +273,8 @@ def draw(tracks: list[Track], sounds: list[Sound], path: Path) -> None:
     levels = [max(sound.level_db, -80) for sound in sounds]
     middle.hist(levels, bins=list(range(-80, 1, 2)), color="tab:green")
     middle.set_xlabel("level (dB of full scale, RMS)")
-    right.hist([len(track.caption.split()) for track in tracks], bins=30, color="tab:orange")
-    right.set_xlabel("words in the caption")
+    right.hist(lengths, bins=30, color="tab:orange")
+    right.set_xlabel(f"{unit.split()[0]} in the caption")
     for axes in (left, middle, right):
         axes.set_ylabel("recordings")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -267,15 +298,19 @@ def _check_picture(path: Path) -> None:
     return None
 
 
-def _copy(tracks: list[Track], target: Path, *, with_captions: bool) -> None:
-    """Recordings and their captions as .txt, in the folders that they were in."""
+def _copy(tracks: list[Track], target: Path) -> None:
+    """Recordings and their captions, in the folders, or one for each shard, that they were in."""
     for track in tracks:
         to = target / track.name
+        if track.member:  # of a shard anywhere, and so its name could lead there
+            shard = re.sub(r"[^\w.-]+", "_", track.name.removesuffix(track.member.name))
+            to = target / shard.removesuffix("_").removesuffix(".tar") / track.member.name
         to.parent.mkdir(parents=True, exist_ok=True)
-        with track.path.open("rb") as source:
+        with track.member.open() if track.member else track.path.open("rb") as source:
             checkpoint.write(to, partial(shutil.copyfileobj, source))
-        if with_captions:
-            checkpoint.write_bytes(to.with_suffix(".txt"), f"{track.caption}\n".encode())
+        if track.written:
+            for suffix, content in captions.files(track.source, track.written).items():
+                checkpoint.write_bytes(to.with_suffix(suffix), content)
 
 
 if __name__ == "__main__":

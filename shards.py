@@ -5,14 +5,16 @@ A plain tar can be read from anywhere in it, so a clip in a shard is read as one
 
 import contextlib
 import hashlib
+import io
 import os
+import re
 import tarfile
 import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 from filelock import FileLock
@@ -21,6 +23,8 @@ import checkpoint
 from flags import UserError
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7z": "xz", b"\x28\xb5": "zstd"}
+ABOUT_NEXT = (b"x", b"X", b"g", b"L", b"K")  # types of headers that tell about the member after
+MAX_HEADER_BYTES = 2**20
 TIMEOUT_SEC = 60
 
 
@@ -39,20 +43,37 @@ class Member(NamedTuple):
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
         """Errors: OSError."""
-        try:
-            with tarfile.open(self.tar, "r:") as archive:
-                info = tarfile.TarInfo(self.name)
-                info.offset_data, info.size = self.offset, self.size
-                file = archive.extractfile(info)
-                assert file is not None  # as it is a regular one
-                with file:
-                    yield file  # type: ignore[misc]  # tarfile's IO[bytes]
-        except tarfile.TarError as error:
-            raise OSError(f"{self.tar} is no longer a tar ({error})") from None
+        with self.tar.open("rb", buffering=0) as file:
+            yield io.BufferedReader(_Part(file, self.offset, self.size))
 
     def read_bytes(self) -> bytes:
         with self.open() as file:
             return file.read()
+
+
+class _Part(io.RawIOBase):
+    """`size` bytes of a file from `start` on, as a file."""
+
+    def __init__(self, file: io.FileIO, start: int, size: int) -> None:
+        self.file, self.start, self.size = file, start, size
+        self.at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}
+        self.at = max(0, base[whence] + offset)
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.start + self.at)
+        count = self.file.readinto(memoryview(buffer)[: max(0, self.size - self.at)])
+        self.at += count
+        return count
 
 
 def is_shards(dataset_path: str) -> bool:
@@ -80,61 +101,108 @@ def members(tar: Path) -> tuple[dict[str, Member], list[str]]:
     """
     found: dict[str, Member] = {}
     problems: list[str] = []
-    end = tar.stat().st_size
-    last = -1
+    if not tar.is_file():
+        return {}, ["is not a plain file"]
     try:
-        with tarfile.open(tar, "r:") as archive:
-            while info := archive.next():
-                archive.members.clear()  # type: ignore[attr-defined]  # else it keeps all
-                if info.size < 0 or info.offset <= last:
-                    raise tarfile.ReadError("its headers go in a circle")
-                last = info.offset
-                if info.isdir():
-                    continue
+        with tar.open("rb") as file:
+            for info in _headers(file, tar.stat().st_size):
                 name = PurePosixPath(info.name).as_posix()  # ./a.wav is a.wav
-                problem = _problem(info, found)
+                problem = "is there twice" if name in found else _problem(info)
                 if problem:
                     problems.append(f"{name}: {problem}")
-                elif info.offset_data + info.size > end:
-                    raise tarfile.ReadError(f"it ends within {name}")
-                else:
+                elif not info.isdir():
                     found[name] = Member(tar, name, info.offset_data, info.size)
-            archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(512) != bytes(512):
-                raise tarfile.ReadError("its end is missing")
-    # What tarfile raises for headers that make no sense is not only its own.
-    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
+    except (tarfile.TarError, OSError, ValueError) as error:
         problems.append(f"truncated or damaged ({_reason(tar, error)}): copy or make it anew")
     return found, problems
 
 
-def _problem(info: tarfile.TarInfo, found: dict[str, Member]) -> str | None:
+def _headers(file: BinaryIO, end: int) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar of `end` bytes, one after another. Errors: TarError, OSError.
+
+    tarfile itself can be made to go in a circle, or to take hours, by what a header says.
+    """
+    path: str | None = None
+    size: int | None = None
+    while (block := file.read(512)) != bytes(512):
+        if len(block) < 512:
+            raise tarfile.ReadError("its end is missing")
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        info.offset_data = file.tell()
+        is_about_next = info.type in ABOUT_NEXT
+        if not is_about_next:
+            info.name = info.name if path is None else path
+            info.size = info.size if size is None else size
+            path = size = None
+        has_data = is_about_next or info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
+        length = info.size if has_data else 0
+        if length < 0 or info.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError(f"{info.name} is sparse or has {length} bytes")
+        if info.offset_data + length > end:
+            raise tarfile.ReadError(f"it ends within {info.name}")
+        if not is_about_next:
+            yield info
+        elif length > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a name of {length} bytes")
+        elif info.type == tarfile.GNUTYPE_LONGNAME:
+            path = _decoded(file.read(length).partition(b"\0")[0])
+        elif info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+            fields = _pax(file.read(length))
+            path = fields.get("path", path)
+            if any(key.startswith("GNU.sparse.") for key in fields):
+                raise tarfile.ReadError(f"{path} is sparse")
+            if "size" in fields:
+                size = int(fields["size"])
+        file.seek(info.offset_data + -(-length // 512) * 512)
+    if file.read(2**20).strip(b"\0"):
+        raise tarfile.ReadError("there is more after its end, as in tars that were put together")
+
+
+def _pax(records: bytes) -> dict[str, str]:
+    """The records "LENGTH KEY=VALUE\n" of an extended header. Errors: ReadError."""
+    fields, at = {}, 0
+    while at < len(records):
+        digits = records[at : at + 20].partition(b" ")[0]
+        length = int(digits) if digits.isdigit() else 0
+        key, equals, value = records[at + len(digits) + 1 : at + length].partition(b"=")
+        if not equals or not value.endswith(b"\n") or at + length > len(records):
+            raise tarfile.ReadError("an extended header makes no sense")
+        fields[_decoded(key)] = _decoded(value[:-1])
+        at += length
+    return fields
+
+
+def _decoded(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _problem(info: tarfile.TarInfo) -> str | None:
+    """Why a member is not taken."""
     path = PurePosixPath(info.name)
     if not info.name.isprintable():
         return "its name has characters that can't be printed"
-    if path.is_absolute() or not {"..", "\\", ":"}.isdisjoint([*path.parts, *info.name]):
+    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:|.*\\", info.name):
         return "its name leads out of the folder"
-    if not info.isreg() or info.issparse():
-        return "is a link, a device or sparse, not a plain file"
-    if path.as_posix() in found:
-        return "is there twice"
+    if not info.isdir() and info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        return "is a link or a device, not a plain file"
     return None
 
 
 def _reason(tar: Path, error: Exception) -> str:
-    with tar.open("rb") as file:
+    with contextlib.suppress(OSError), tar.open("rb") as file:
         start = file.read(3)
-    for magic, name in COMPRESSED.items():
-        if start.startswith(magic):
-            return f"it is compressed with {name}, which can't be read in parts"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+        for magic, name in COMPRESSED.items():
+            if start.startswith(magic):
+                return f"it is compressed with {name}, which can't be read in parts"
+    return str(error)
 
 
 def _download(url: str) -> Path:
     """A shard of the network, kept in the user's cache folder. Errors: UserError."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "musicgen-trainer" / "shards"
-    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{PurePosixPath(url).name}"
+    name = PurePosixPath(url.partition("?")[0]).name[-100:]  # a signature may be long
+    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
     if not url.startswith(("http://", "https://")):
         raise UserError(f"{url}: give an http or https URL, or a path")
     checkpoint.check_writable(folder, "XDG_CACHE_HOME")

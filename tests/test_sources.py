@@ -218,6 +218,14 @@ def test_damaged_files_are_named_with_the_reason(suffix, how, tmp_path):
         scan(str(tmp_path), with_captions=False)
 
 
+def test_an_m4a_of_unknown_coding_is_named(tmp_path):
+    write(tmp_path / "a.m4a", tone(0, 1.0, RATE))
+    content = (tmp_path / "a.m4a").read_bytes()
+    (tmp_path / "a.m4a").write_bytes(content.replace(b"mp4a", b"mpXa").replace(b"esds", b"free"))
+    with pytest.raises(UserError, match=r"a\.m4a: .*coding is unknown"):
+        scan(str(tmp_path), with_captions=False)
+
+
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_too_short_files_are_named(suffix, tmp_path):
     write(tmp_path / f"a.{suffix}", tone(0, 0.3, RATE))
