@@ -57,7 +57,7 @@ $(BUILD)/.rendered: $(BUILD)/.installed
 	@touch $@
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check

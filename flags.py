@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import inspect
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -114,6 +115,7 @@ def parse(
 @contextlib.contextmanager
 def plain_errors(advice_out_of_memory: str) -> Iterator[None]:
     """End the process with a plain message, without a traceback, where the user can help it."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's, on each start
     for stream in (sys.stdout, sys.stderr):  # a caption that a console can't show is no error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -631,5 +631,5 @@ def _interleave(lm: LMModel, codes: torch.Tensor, special: int) -> torch.Tensor:
 
 
 builders.ChromaStemConditioner = MelodyConditioner  # type: ignore
-for _library in ("audiocraft", "bitsandbytes", "torch.utils._pytree"):  # the last of torchao
+for _library in ("audiocraft", "bitsandbytes"):
     logging.getLogger(_library).setLevel(logging.ERROR)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from huggingface_hub import try_to_load_from_cache
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
@@ -228,12 +229,12 @@ def _caption_lengths(captions: list[str]) -> tuple[str, list[int]]:
     Every MusicGen reads T5's tokens, but only who has trained one has the tokenizer at hand. A word
     is at least a token, so that a caption which is too long in words is so in tokens too.
     """
+    files = ("tokenizer.json", "spiece.model")  # without either, transformers makes up a tokenizer
+    if not any(isinstance(try_to_load_from_cache("t5-base", file), str) for file in files):
+        return "words (T5's tokens once a model is downloaded)", [len(c.split()) for c in captions]
     from transformers import T5Tokenizer
 
-    try:
-        tokenizer = T5Tokenizer.from_pretrained("t5-base", local_files_only=True)
-    except OSError:
-        return "words (T5's tokens once a model is downloaded)", [len(c.split()) for c in captions]
+    tokenizer = T5Tokenizer.from_pretrained("t5-base", local_files_only=True)
     return "tokens", [len(tokenizer(c, verbose=False)["input_ids"]) for c in captions]
 
 

@@ -599,7 +599,8 @@ def fail(*_, **__):
     raise RuntimeError("a bug")
 
 torch.optim.AdamW.step = fail
-train(Config(dataset_path={data!r}, model_id={model!r}, output_dir={out!r}, num_workers=1))
+flags = dict(dataset_path={data!r}, model_id={model!r}, output_dir={out!r}, duration=1)
+train(Config(**flags, num_workers=1))
 """
 
 

@@ -159,15 +159,16 @@ def last_statement(error: pytest.ExceptionInfo[BaseException]) -> str:
 
 
 def test_a_training_step_comes_on_the_gpu_to_its_one_sync_point(run, monkeypatch):
-    monkeypatch.setattr(train, "train_batches", batches)
     monkeypatch.setattr(train, "_do_what_is_due", lambda run, stop: None)
     with pytest.raises(DataDependentOutputException) as error:
-        train._loop(run, train.StopSignals(run.accelerator))
+        train._loop(run, train.StopSignals(run.accelerator), batches())
     assert ".tolist()" in last_statement(error)
 
 
 def test_validation_comes_on_the_gpu_to_its_one_sync_point(run, monkeypatch):
-    monkeypatch.setattr(evaluate, "valid_batches", lambda *_, **__: [next(batches())])
+    monkeypatch.setattr(
+        evaluate, "valid_batches", lambda *_, **__: (batch for batch in [next(batches())])
+    )
     with pytest.raises(DataDependentOutputException) as error, torch.no_grad():
         evaluate.validate(run, lambda: None)
     assert ".tolist()" in last_statement(error)
