@@ -9,6 +9,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -106,15 +107,11 @@ def check(config: CheckConfig) -> bool:
     sounds: dict[str, Sound] = {}
     encoded = [track for track in tracks if track.codec]
     tracks = [track for track in tracks if not track.codec]
-    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        heard = tqdm(
-            pool.map(_listen_or_say, tracks), total=len(tracks), unit="file", desc="listening"
-        )
-        for track, result in zip(tracks, heard, strict=True):
-            if isinstance(result, str):
-                problems.append(f"{track.name}: {result}")
-            else:
-                sounds[track.name] = result
+    for track, result in zip(tracks, _listen_to_all(tracks), strict=True):
+        if isinstance(result, str):
+            problems.append(f"{track.name}: {result}")
+        else:
+            sounds[track.name] = result
     tracks = [track for track in tracks if track.name in sounds]
 
     copies = _copies(tracks, sounds)
@@ -167,6 +164,20 @@ def check(config: CheckConfig) -> bool:
         + ("." if target else ", or let --fix=NEW_FOLDER copy what is usable.")
     )
     return is_good
+
+
+def _listen_to_all(tracks: list[Track]) -> Iterator[Sound | str]:
+    """What each sounds like, or why it can't be read. Errors: UserError."""
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        results = pool.map(_listen_or_say, tracks)
+        for track in tqdm(tracks, unit="file", desc="listening"):
+            try:
+                yield next(results)
+            except BrokenProcessPool:
+                raise UserError(
+                    f"{track.place}: it, or a file soon after it, made the process end that "
+                    "listened to it (memory full, or a fault of its decoder): move it out"
+                ) from None
 
 
 def _listen_or_say(track: Track) -> Sound | str:

@@ -238,12 +238,13 @@ def _check_finite(
         if is_finite or not clip_loss.isfinite().all()
     ]
     what = "the gradient is" if is_finite else "the loss is"
+    or_exact = "" if run.config.optimizer == "adamw_8bit_bf16" else " or with --precision=fp32"
     names = list(dict.fromkeys(gather_object(names)))
     raise NonFinite(
         f"{what} not finite at step {run.step + 1} of {run.total}; stopped before the weights "
         f"were changed. The clips it came from:\n{first_lines(names)}\n"
-        "Listen to them, and take out what is broken; if they are sound, go on with a lower --lr "
-        "or with --precision=fp32"
+        "Listen to them, and take out what is broken; if they are sound, go on with a lower --lr"
+        + or_exact
     )
 
 

@@ -1,18 +1,21 @@
-"""Damage files at random and look at them as `prepare.py check` does.
+"""Damage files at random, and look at each as `prepare.py check` does: what becomes of it?
 
-`python tests/fuzz.py --count=3000 --seed=0`; a small part of it runs in test_shards.py. Whatever
-is not named as unusable must decode fully; nothing may crash or hang.
+    python tests/fuzz.py --count=3000 --seed=0
+
+What is damaged must be named with a reason, at once (told) or when it is listened to (told later),
+or decode fully. A part of it runs in test_prepare.py. `--first=17 --count=1` makes number 17 again,
+but for the random numbers that Ogg files are marked with.
 """
 
-import csv
-import io
 import json
 import multiprocessing
+import os
+import shutil
 import signal
 import sys
 import tarfile
 import tempfile
-import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -26,130 +29,157 @@ from test_sources import FORMATS, RATE, write
 
 import dataset
 import prepare
+import token_files
+from dataset import Track
 from flags import UserError
 
 LIMIT_SEC = 10
+WRONG = ("UNNAMED", "CRASH", "DIED", "HANG")
+CARD = 64
 NUMBERS = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**63 - 1]
+TEXTS = [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5_000, b"1e999", b"NaN", b"-1", b"null"]
+TEXTS += [b"\\ud800", b"\xff", b"\0", b"\r", b'"', b"\n"]
 
 
 def damaged(content: bytes, rng: np.random.Generator) -> bytes:
-    """Content with one to four things wrong; half of them near its start, where headers are."""
+    """Content with one to four things wrong, half of them near its start, where headers are."""
     data = bytearray(content)
     for _ in range(rng.integers(1, 5)):
-        if not data:
-            break
-        end = len(data) if rng.random() < 0.5 else min(len(data), 600)
-        at = int(rng.integers(end))
+        at = int(rng.integers(min(len(data), 600) if rng.random() < 0.5 else len(data)))
+        other = int(rng.integers(len(data)))
         size = int(rng.integers(1, 2 ** rng.integers(1, 13)))
         how = rng.integers(7)
         if how == 0:
             data[at] ^= 1 << rng.integers(8)
         elif how == 1:
-            del data[at:]
+            del data[max(at, 1) :]
         elif how == 2:
-            del data[at : at + size]
+            del data[at : at + min(size, len(data) - 1)]
         elif how == 3:
-            other = int(rng.integers(len(data)))
             data[at:at] = data[other : other + size]
         elif how == 4:
             data[at : at + size] = rng.bytes(min(size, len(data) - at))
         elif how == 5:
+            number = NUMBERS[rng.integers(len(NUMBERS))]
             order = "big" if rng.random() < 0.5 else "little"
-            number = NUMBERS[rng.integers(len(NUMBERS))].to_bytes(8, order)
-            data[at : at + 4] = number[:4] if order == "little" else number[-4:]
+            bits = int(rng.choice([16, 32, 64]))
+            data[at : at + bits // 8] = (number % 2**bits).to_bytes(bits // 8, order)
         else:
-            data[at:at] = bytes([data[at]]) * (size * 64)  # in a text: deep, or long
+            data[at:at] = TEXTS[rng.integers(len(TEXTS))]
     return bytes(data)
 
 
 def originals(folder: Path) -> dict[str, bytes]:
-    """A good file of each kind, by suffix."""
-    made = {}
-    for number, suffix in enumerate(FORMATS):
-        path = folder / f"a.{suffix}"
-        write(path, tone(number, 1.0, RATE), {"title": "Rain", "comment": "a tune"})
-        made[f".{suffix}"] = path.read_bytes()
-    made[".json"] = json.dumps({"description": "a tune", "moods": [["x"], []], "bpm": 90}).encode()
-    made[".txt"] = "a tune, é".encode()
-    table = io.StringIO()
-    csv.writer(table).writerows([("file_name", "text"), *((f"{i}.wav", "a") for i in range(9))])
-    made["metadata.csv"] = table.getvalue().encode()
-    rows = (json.dumps({"file_name": f"{i}.wav", "text": "a tune"}) for i in range(9))
-    made["metadata.jsonl"] = "\n".join(rows).encode()
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as archive:
-        for path in [*folder.glob("a.*")][:3] * 2:
-            archive.add(path, f"{'x' * 120}{len(packed.getvalue())}{path.suffix}")
-    made[".tar"] = packed.getvalue()
-    return made
+    """A good file of each kind, by name."""
+    for number, suffix in enumerate([*FORMATS, "wav"]):
+        write(folder / f"a.{suffix}", tone(number, 1.0, RATE), {"title": "Rain", "comment": "a"})
+    (folder / "a.json").write_text(json.dumps({"description": "a", "moods": [["x"], []], "bpm": 9}))
+    rows = [("file_name", "text"), *((f"{name}.wav", "a tune") for name in "abcdefgh")]
+    (folder / "metadata.csv").write_text("\r\n".join(map(",".join, rows)))
+    lines = (json.dumps(dict(zip(rows[0], row, strict=True))) for row in rows[1:])
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    with (folder / "a.safetensors").open("wb") as file:
+        codes = np.random.default_rng(0).integers(CARD, size=(4, 50)).astype(np.int16)
+        token_files.write(file, codes, token_files.Facts("codec", "small", 50, RATE, RATE, "[]"))
+    with tarfile.open(folder / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("a.wav", "a.json", "a.ogg", "a.m4a"):
+            tar.add(folder / name, f"{'é' * 120}{len(tar.getmembers()) // 2}{name}")
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def look(folder: Path, results: "multiprocessing.Queue[object]") -> None:
-    """Scan a folder, and decode what is usable, as `prepare.py check` does."""
-    tags = ".tags" in folder.name
+def make(folder: Path, number: int, seed: int, good: dict[str, bytes]) -> str:
+    """Fill an empty folder with a damaged file, and what makes a data set of it -> its name."""
+    rng = np.random.default_rng([seed, number])
+    name = list(good)[rng.integers(len(good))]
+    if name.startswith("metadata") or name == "a.json":
+        (folder / "a.wav").write_bytes(good["a.wav"])
+    (folder / name).write_bytes(damaged(good[name], rng))
+    if (folder / name).suffix[1:] in (*FORMATS, "safetensors") and number % 4:
+        (folder / "a.txt").write_text("a tune")
+    return name
+
+
+def look(folder: Path, name: str) -> tuple[str, str]:
+    """(what became of the damaged file, details)."""
     try:
-        tracks, problems = dataset.find(str(folder), from_tags=tags)
+        is_audio = name.split(".")[1] in FORMATS
+        from_tags = is_audio and not (folder / "a.txt").exists()
+        tracks, problems = dataset.find(str(folder), from_tags=from_tags)
     except UserError as error:
-        results.put(("told", str(error)))
-        return
-    for track in tracks:
-        start = time.monotonic()
+        tracks, problems = [], [str(error)]
+    except Exception:
+        return "CRASH", traceback.format_exc()
+    try:
+        later = [text for track in tracks for text in [decode(track)] if text]
+    except Exception:
+        return "CRASH", traceback.format_exc()
+    if problems and not any(name in text for text in problems):
+        return "UNNAMED", "\n".join(problems)
+    what = "told" if problems else "told later" if later else "decoded"
+    return what, "\n".join([*problems, *later])
+
+
+def decode(track: Track) -> str | None:
+    """Why it can't be read, if so."""
+    if not track.codec:
         result = prepare._listen_or_say(track)
-        took = time.monotonic() - start
-        if took > LIMIT_SEC:
-            results.put(("slow", f"{track.name}: {took:.0f} s"))
-        results.put(("told later" if isinstance(result, str) else "decoded", track.name))
-    for problem in problems:
-        results.put(("told", problem))
+        return result if isinstance(result, str) else None
+    try:
+        token_files.read(track.source, 0, track.frames, CARD)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
-def run(count: int = 3_000, seed: int = 0, each: int = 25, keep: str = "fuzz") -> Counter[str]:
-    """Damage `count` files, `each` in a folder; what went wrong stays in the folder `keep`."""
-    rng = np.random.default_rng(seed)
-    totals: Counter[str] = Counter()
+def work(numbers: range, seed: int, good: dict[str, bytes], folder: Path, results: Path) -> None:
+    """A line in `results` for each number when it is done; SIGALRM ends what takes too long."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders complain there
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for number in numbers:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        name = make(folder, number, seed, good)
+        signal.alarm(LIMIT_SEC)
+        outcome = look(folder, name)
+        signal.alarm(0)
+        with results.open("a") as file:
+            file.write(json.dumps([name, *outcome]) + "\n")
+
+
+def run(count: int, seed: int = 0, first: int = 0) -> Counter[tuple[str, str]]:
+    """What became of `count` damaged files: (name, outcome) -> how many. Prints what is wrong."""
+    totals: Counter[tuple[str, str]] = Counter()
+    fork = multiprocessing.get_context("fork")  # a new one after each that dies, at once
     with tempfile.TemporaryDirectory() as temporary:
         (Path(temporary) / "good").mkdir()
         good = originals(Path(temporary) / "good")
-        kinds = list(good)
-        for number in range(-(-count // each)):
-            folder = Path(temporary) / f"{number}{'.tags' if number % 4 == 3 else ''}"
-            folder.mkdir()
-            for i in range(min(each, count - number * each)):
-                kind = kinds[rng.integers(len(kinds))]
-                name = kind if kind.startswith("metadata") else f"{i}{kind}"
-                (folder / name).write_bytes(damaged(good[kind], rng))
-                if kind in (".json", ".txt"):
-                    (folder / f"{i}.wav").write_bytes(good[".wav"])
-                elif not kind.startswith("metadata") and rng.random() < 0.9:
-                    (folder / f"{i}.txt").write_bytes(good[".txt"])
-                totals["files"] += 1
-            results: multiprocessing.Queue[tuple[str, str]] = multiprocessing.Queue()
-            process = multiprocessing.Process(target=look, args=(folder, results))
-            start = time.monotonic()
-            process.start()
-            while process.is_alive() and time.monotonic() - start < LIMIT_SEC * each:
-                process.join(0.01)
-                while not results.empty():
-                    what, text = results.get()
-                    totals[what] += 1
-                    if what == "slow":
-                        print(f"{folder.name}: {what} {text}")
-            took = time.monotonic() - start
-            totals["longest folder, ms"] = max(totals["longest folder, ms"], round(took * 1_000))
-            if process.is_alive():
-                process.kill()
-            process.join()
-            while not results.empty():
-                totals[results.get()[0]] += 1
-            if process.exitcode:
-                totals[f"exit code {process.exitcode}"] += 1
-                Path(keep).mkdir(exist_ok=True)
-                folder.rename(Path(keep) / f"{seed}-{folder.name}")
-                print(f"{folder.name}: exit code {process.exitcode}")
+        folder, results = Path(temporary) / "folder", Path(temporary) / "results"
+        number = first
+        while number < first + count:
+            results.write_text("")
+            child = fork.Process(
+                target=work, args=(range(number, first + count), seed, good, folder, results)
+            )
+            child.start()
+            child.join()
+            rows = [json.loads(line) for line in results.read_text().splitlines()]
+            if child.exitcode:
+                (name,) = (p.name for p in folder.iterdir() if p.name not in ("a.txt",))
+                how = "HANG" if child.exitcode == -signal.SIGALRM else "DIED"
+                rows.append([name, how, f"exit code {child.exitcode}"])
+            for name, what, details in rows:
+                totals[name, what] += 1
+                if what in WRONG:
+                    print(f"{what} --seed={seed} --first={number} --count=1: {name}\n{details}")
+                number += 1
     return totals
 
 
+def main(count: int = 3_000, seed: int = 0, first: int = 0) -> None:
+    totals = run(count, seed, first)
+    for (name, what), number in sorted(totals.items()):
+        print(f"{name:16} {what:10} {number}")
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for what, number in fire.Fire(run, serialize=lambda _: None).items():
-        print(f"{what:20} {number}")
+    fire.Fire(main)

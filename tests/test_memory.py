@@ -1,5 +1,6 @@
 """--dry_run: what it says, that it needs neither weights nor network, and what moves the peak."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,32 @@ def test_published_sizes():
         config = tiny_config(name, Path(), Path("out"))
         lm = memory.build_lm(config, model, model[0].transformer_lm.num_layers, torch.bfloat16)
         assert round(sum(p.numel() for p in lm.parameters()) / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"precision": "fp32"}, "give --precision=bf16, or --optimizer=adamw_8bit"),
+        ({"ema_decay": 0.9}, "--ema_decay exclude each other"),
+        ({"lora_rank": 4}, "does nothing with --lora_rank"),
+        ({"tune_text": True}, "does nothing with --tune_text"),
+        ({"placeholder": "<w>"}, "does nothing with --placeholder"),
+        ({}, "--precision=auto is fp32 here"),  # on the CPU
+    ],
+)
+def test_bf16_weights_are_refused_where_they_make_no_sense(
+    flags, says, cli, mono_folder, make_pairs, tmp_path
+):
+    flags |= {"optimizer": "adamw_8bit_bf16", "output_dir": tmp_path / "out", "duration": 1}
+    told = cli(run, dataset_path=make_pairs(), model_id=mono_folder, device="cpu", **flags)
+    assert told.code == 1
+    assert says in told.err
+
+
+def test_a_missing_torchao_is_told(cli, mono_folder, make_pairs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    flags = {"optimizer": "adamw_8bit_bf16", "output_dir": tmp_path / "out", "precision": "bf16"}
+    flags |= {"dataset_path": make_pairs(), "model_id": mono_folder, "device": "cpu", "duration": 1}
+    told = cli(run, **flags)
+    assert told.code == 1
+    assert "pip install torchao, or use --optimizer=adamw_8bit" in told.err

@@ -1,8 +1,10 @@
 """`prepare.py check` says what training would see, and copies what is usable; nothing else."""
 
+import os
 import shutil
 from pathlib import Path
 
+import fuzz
 import numpy as np
 import pytest
 import soundfile as sf
@@ -146,3 +148,21 @@ def test_mistakes_are_told(look, cli, tmp_path):
     assert "no such folder" in look(tmp_path / "nothing").err
     with pytest.raises(UserError):
         dataset.scan(str(tmp_path / "empty"))
+
+
+def _die(track):
+    os._exit(1)
+
+
+def test_a_decoder_that_ends_its_process_is_told(look, tmp_path, monkeypatch):
+    data = write_pairs(tmp_path / "data", seconds=(1.0,))
+    monkeypatch.setattr(prepare, "_listen_or_say", _die)
+    assert "clip0.wav: it, or a file soon after it, made the process end" in look(data).err
+
+
+def test_of_damaged_files_none_crashes_it_and_none_is_passed_over(capsys):
+    """A part of what tests/fuzz.py does; there is more from time to time."""
+    totals = fuzz.run(count=60, seed=1)
+    assert sum(totals.values()) == 60
+    assert not {outcome for _, outcome in totals} & set(fuzz.WRONG), capsys.readouterr().out
+    assert {outcome for _, outcome in totals} > {"told", "decoded"}
