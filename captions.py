@@ -111,7 +111,7 @@ class Captions:
         self.files = files
         self.one = one
         self.from_tags = from_tags
-        self._table = functools.cache(_read_table)
+        self._table = functools.cache(_table_or_error)
 
     def of(self, recording: str) -> Caption:
         """Errors: ValueError with reason and remedy; UserError if a whole table can't be used."""
@@ -127,7 +127,10 @@ class Captions:
         if source := self._beside(recording, ".json"):
             return _from_json(source)
         for folder, source in self._tables(recording):
-            texts = self._table(source).get(recording.removeprefix(folder), [])
+            table = self._table(source)
+            if isinstance(table, UserError):
+                raise table
+            texts = table.get(recording.removeprefix(folder), [])
             if len(set(texts)) > 1:
                 raise ValueError(f"{source.name} has different captions for it: keep one")
             if texts and not texts[0]:
@@ -264,6 +267,13 @@ def _is_number(value: Any) -> bool:
         return not isinstance(value, bool) and math.isfinite(float(value))
     except (TypeError, ValueError, OverflowError):
         return False
+
+
+def _table_or_error(source: Source) -> dict[str, list[str]] | UserError:
+    try:
+        return _read_table(source)
+    except UserError as error:
+        return error
 
 
 def _read_table(source: Source) -> dict[str, list[str]]:

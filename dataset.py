@@ -188,6 +188,9 @@ def find(
             sample_rate, frames, codec = _check(name, source, index)
         except (OSError, ValueError) as error:  # soundfile's errors are both, here, and ours
             problems.append(f"{name}: {error}")
+        except UserError as error:  # of a table, and so of many recordings
+            if str(error) not in problems:
+                problems.append(str(error))
         else:
             text = written.plain if written else ""
             member = source if isinstance(source, Member) else None

@@ -121,10 +121,12 @@ def check(config: CheckConfig) -> bool:
     print("\n".join(_facts(config, tracks, unit, lengths)))
     if encoded:
         print(f"tokens     {len(encoded)} of them are files of tokens, which were not listened to")
-    warnings = {
+    left_out_by_fix = {
         "can't be trained on": problems,
         "are silent from start to end": silent,
         "are the same recording as another": [f"{b}: as {a}" for b, a in copies.items()],
+    }
+    warnings = {
         "clip (distort at full scale) in more than a tenth of their length": [
             f"{name}: {sound.clipped:.0%}" for name, sound in sounds.items() if sound.clipped > 0.1
         ],
@@ -146,9 +148,10 @@ def check(config: CheckConfig) -> bool:
             if length > MAX_TOKENS
         ],
     }
-    for what, names in warnings.items():
+    for what, names in (left_out_by_fix | warnings).items():
         if names:
-            print(f"\n{len(names)} {what}:\n{first_lines(names)}")
+            limit = len(names) if what in left_out_by_fix else 20
+            print(f"\n{len(names)} {what}:\n{first_lines(names, limit)}")
     if tracks:
         draw(tracks, list(sounds.values()), unit, lengths, Path(config.picture))
         print(f"\npicture    {config.picture}")

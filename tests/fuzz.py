@@ -87,10 +87,15 @@ def originals(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+def choose(number: int, seed: int, good: dict[str, bytes]) -> tuple[str, np.random.Generator]:
+    """Which kind of file `number` is, and what damages it."""
+    rng = np.random.default_rng([seed, number])
+    return list(good)[rng.integers(len(good))], rng
+
+
 def make(folder: Path, number: int, seed: int, good: dict[str, bytes]) -> str:
     """Fill an empty folder with a damaged file, and what makes a data set of it -> its name."""
-    rng = np.random.default_rng([seed, number])
-    name = list(good)[rng.integers(len(good))]
+    name, rng = choose(number, seed, good)
     if name.startswith("metadata") or name == "a.json":
         (folder / "a.wav").write_bytes(good["a.wav"])
     (folder / name).write_bytes(damaged(good[name], rng))
@@ -164,7 +169,7 @@ def run(count: int, seed: int = 0, first: int = 0) -> Counter[tuple[str, str]]:
             child.join()
             rows = [json.loads(line) for line in results.read_text().splitlines()]
             if child.exitcode:
-                (name,) = (p.name for p in folder.iterdir() if p.name not in ("a.txt",))
+                name, _ = choose(number + len(rows), seed, good)
                 how = "HANG" if child.exitcode == -signal.SIGALRM else "DIED"
                 rows.append([name, how, f"exit code {child.exitcode}"])
             for name, what, details in rows:

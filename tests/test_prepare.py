@@ -166,3 +166,21 @@ def test_of_damaged_files_none_crashes_it_and_none_is_passed_over(capsys):
     assert sum(totals.values()) == 60
     assert not {outcome for _, outcome in totals} & set(fuzz.WRONG), capsys.readouterr().out
     assert {outcome for _, outcome in totals} > {"told", "decoded"}
+
+
+def test_every_bad_table_and_every_bad_recording_is_named(look, tmp_path):
+    data = write_pairs(tmp_path / "data", seconds=(1.0,))
+    for album, table in {"one": b"\xff", "two": b"file_name\na.wav"}.items():
+        (data / album).mkdir()
+        (data / album / "metadata.csv").write_bytes(table)
+        for name in "ab":
+            shutil.copy(data / "clip0.wav", data / album / f"{name}.wav")
+    for number in range(30):
+        (data / f"{number}.wav").write_bytes(b"nothing")
+        (data / f"{number}.txt").write_text("a caption")
+    told = look(data)
+    assert told.code == 1
+    assert "data       1 recordings" in told.out
+    assert "32 can't be trained on" in told.out
+    for name in ("one/metadata.csv", "two/metadata.csv", *(f"  {n}.wav" for n in range(30))):
+        assert told.out.count(f"{name}: ") == 1
