@@ -39,6 +39,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_accelerator() -> None:
+    """There is one in a process; each test begins as in a new one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def mono_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_musicgen(tmp_path_factory.mktemp("mono"), segment_sec=20.0)

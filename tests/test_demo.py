@@ -4,7 +4,6 @@ With wrong trainers the same checks fail: the last tests put the faults in that 
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,15 +24,6 @@ from demo.demo import GENERATE, PROMPTS, changes
 DEMO = Path(__file__).parent.parent / "demo"
 STYLE, HELD_OUT = DEMO / "dataset" / "train", DEMO / "dataset" / "valid"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """This model is large enough for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
