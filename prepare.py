@@ -46,7 +46,9 @@ python prepare.py check --help lists the flags, and so on."""
 BLOCK_SEC = 30
 SILENT_DB, CLIPPED = -60.0, 0.999  # of full scale; the peak of a block is silent or clips
 QUIET_DB = -40.0
-NOT_READ = "aac ac3 amr ape au caf dsf m4b mid mka mkv mov mp2 mp4 oga tta w64 webm wma wv".split()
+NOT_READ = re.compile(
+    r"\.(aac|ac3|amr|ape|au|caf|dsf|m4b|mid|mka|mkv|mov|mp2|mp4|oga|tta|w64|webm|wma|wv)$", re.I
+)
 MAKER = {"Software": "MusicGen Trainer"}  # in the picture, to know it again
 
 
@@ -223,9 +225,7 @@ def _db(amplitude: float) -> float:
 def _not_read(root: Path) -> list[str]:
     """Recordings below a folder that dataset.py passes over."""
     return sorted(
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*")
-        if path.suffix[1:].lower() in NOT_READ
+        path.relative_to(root).as_posix() for path in root.rglob("*") if NOT_READ.search(path.name)
     )
 
 
