@@ -11,6 +11,7 @@ import json
 import math
 import re
 import reprlib
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -130,7 +131,7 @@ class Captions:
             table = self._table(source)
             if isinstance(table, UserError):
                 raise table
-            texts = table.get(recording.removeprefix(folder), [])
+            texts = table.get(_normal(recording.removeprefix(folder)), [])
             if len(set(texts)) > 1:
                 raise ValueError(f"{source.name} has different captions for it: keep one")
             if texts and not texts[0]:
@@ -291,8 +292,7 @@ def _read_table(source: Source) -> dict[str, list[str]]:
             name, text = row["file_name"], row[column] or ""
             if not isinstance(name, str) or not isinstance(text, str):
                 raise ValueError(f"line {number}: file_name and {column} must be texts")
-            name = PurePosixPath(name.strip().replace("\\", "/")).as_posix()  # ./a.wav is a.wav
-            texts.setdefault(name, []).append(" ".join(text.split()))
+            texts.setdefault(_normal(name), []).append(" ".join(text.split()))
     except UnicodeDecodeError:
         raise UserError(f"{source}: is not UTF-8 text: save it as UTF-8") from None
     except (OSError, ValueError, RecursionError, csv.Error) as error:
@@ -301,6 +301,12 @@ def _read_table(source: Source) -> dict[str, list[str]]:
             "seen from its folder, and text"
         ) from None
     return texts
+
+
+def _normal(name: str) -> str:
+    """One form of a file's name: ./a.wav is a.wav; macOS writes é as two characters."""
+    name = PurePosixPath(name.strip().replace("\\", "/")).as_posix()
+    return unicodedata.normalize("NFC", name)
 
 
 def _rows_of(suffix: str, file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -46,6 +46,9 @@ python prepare.py check --help lists the flags, and so on."""
 BLOCK_SEC = 30
 SILENT_DB, CLIPPED = -60.0, 0.999  # of full scale; the peak of a block is silent or clips
 QUIET_DB = -40.0
+NOT_READ = re.compile(
+    r"\.(aac|ac3|amr|ape|au|caf|dsf|m4b|mid|mka|mkv|mov|mp2|mp4|oga|tta|w64|webm|wma|wv)$", re.I
+)
 MAKER = {"Software": "MusicGen Trainer"}  # in the picture, to know it again
 
 
@@ -127,6 +130,7 @@ def check(config: CheckConfig) -> bool:
         "are the same recording as another": [f"{b}: as {a}" for b, a in copies.items()],
     }
     warnings = {
+        "are in formats that aren't read; convert them, to flac perhaps": _not_read(root),
         "clip (distort at full scale) in more than a tenth of their length": [
             f"{name}: {sound.clipped:.0%}" for name, sound in sounds.items() if sound.clipped > 0.1
         ],
@@ -216,6 +220,13 @@ def _blocks(track: Track) -> Iterator[np.ndarray]:
 
 def _db(amplitude: float) -> float:
     return 20 * math.log10(max(amplitude, 1e-10))
+
+
+def _not_read(root: Path) -> list[str]:
+    """Recordings below a folder that dataset.py passes over."""
+    return sorted(
+        path.relative_to(root).as_posix() for path in root.rglob("*") if NOT_READ.search(path.name)
+    )
 
 
 def _copies(tracks: list[Track], sounds: dict[str, Sound]) -> dict[str, str]:

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,7 +269,7 @@ def put_jsonl(folder: Path, texts: dict[str, str]) -> None:
 
 
 def put_csv_in_each_folder(folder: Path, texts: dict[str, str]) -> None:
-    put_csv(folder, {n: t for n, t in texts.items() if "/" not in n} | {"deep/b.flac": "a lie"})
+    put_csv(folder, {n: t for n, t in texts.items() if "/" not in n} | {"deep/é.flac": "a lie"})
     put_csv(folder / "deep", {n[5:]: t for n, t in texts.items() if "/" in n})
 
 
@@ -279,10 +280,11 @@ WAYS: dict[str, Callable[[Path, dict[str, str]], object]] = {
     "csv of Excel": lambda *a: put_csv(*a, encoding="utf-8-sig"),
     "csv with captions": lambda *a: put_csv(*a, column="caption"),
     "csv of Windows": lambda f, t: put_csv(f, {n.replace("/", "\\"): x for n, x in t.items()}),
+    "csv of macOS": lambda f, t: put_csv(f, {unicodedata.normalize("NFD", n): t[n] for n in t}),
     "jsonl": put_jsonl,
     "nearest csv": put_csv_in_each_folder,
 }
-TEXTS = {"a.wav": 'slow piano, "vinyl"', "deep/b.flac": "chuva, é 雨"}
+TEXTS = {"a.wav": 'slow piano, "vinyl"', "deep/é.flac": "chuva, é 雨"}
 
 
 def music(folder: Path) -> Path:
