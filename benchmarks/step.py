@@ -187,7 +187,8 @@ def loop_overhead(folder: Path, batch: int, steps: int, cache_tokens: bool) -> N
         do_what_is_due(*args)  # nothing before the end, which is not timed
 
     def timed_batches(*args: Any, **kwargs: Any) -> Iterator[Batch]:
-        return iter(timed("waiting for data", train_batches(*args, **kwargs).__next__), None)
+        with contextlib.closing(train_batches(*args, **kwargs)) as batches:
+            yield from iter(timed("waiting for data", batches.__next__), None)
 
     do_what_is_due = train._do_what_is_due
     core = ["forward", "backward", "clip", "optimizer"]
