@@ -5,6 +5,8 @@ Everything random here is a function of (seed, epoch, file), so that a run can b
 and split over processes without a change in what it sees.
 """
 
+import contextlib
+import gc
 import hashlib
 import os
 import posixpath
@@ -150,6 +152,19 @@ def scan(
     return tracks
 
 
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Nothing is looked for that could be freed: among many new objects that takes long."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_no_garbage()
 def find(
     folder: str,
     *,
