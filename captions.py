@@ -182,7 +182,7 @@ def _beside(recording: Source, suffix: str) -> Source:
     stem = recording.name[: recording.name.rindex(".")]
     for name in (stem + suffix, stem + suffix.upper()):
         if isinstance(recording, Path):
-            if (path := recording.with_name(name)).exists():
+            if (path := recording.with_name(name)).is_file():
                 return path
         elif name in (members := _members(recording.tar)):
             return members[name]
@@ -195,6 +195,8 @@ def _members(tar: Path) -> dict[str, Member]:
 
 
 def _read(source: Source) -> str:
+    if isinstance(source, Path) and not source.is_file():
+        raise ValueError(f"its caption {source.name} is not a plain file")
     try:
         return source.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -283,6 +285,8 @@ def _read_table(source: Source) -> dict[str, list[str]]:
     Rows of recordings that aren't there do no harm: one may have been moved out of the folder.
     """
     texts: dict[str, list[str]] = {}
+    if isinstance(source, Path) and not source.is_file():
+        raise UserError(f"{source}: is not a plain file")
     try:
         table = io.StringIO(source.read_bytes().decode("utf-8-sig"), newline="")
         for number, row in _rows_of(source.suffix, table):

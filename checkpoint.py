@@ -38,7 +38,8 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     Several processes may write the same file.
     Errors: UserError when the disk is full; what had that name before is still there then.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    end = path.name.encode()[-200:].decode(errors="ignore")  # with more the name gets too long
+    temporary = path.with_name(f".{end}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             fill(file)
@@ -50,7 +51,8 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
             raise  # else: how torch.save says that the disk is full
         raise UserError(f"{path} could not be written ({error}); what was there is kept") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def save(path: Path, content: Any) -> None:
@@ -143,12 +145,10 @@ def check_outside(out: Path, folder: str) -> None:
         raise UserError(f"--out={out}: is in the folder that is read; name one outside")
 
 
-def clear_temporary(folder: Path, suffixes: tuple[str, ...]) -> None:
-    """Remove what a killed run has left half written, in folders within too."""
+def temporaries(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """What a killed run has left half written, in folders within too."""
     names = re.compile(rf"\..+\.({'|'.join(suffixes)})\.\d+\.tmp")
-    for path in folder.rglob(".*.tmp"):
-        if names.fullmatch(path.name):
-            path.unlink()
+    return [path for path in folder.rglob(".*.tmp") if names.fullmatch(path.name)]
 
 
 def weights(folder: Path) -> list[Path]:

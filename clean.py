@@ -8,6 +8,7 @@ Letters: C channels.
 """
 
 import math
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -55,12 +56,18 @@ def clean(config: CleanConfig) -> bool:
         read = partial(_without_vocals, _demucs(config.device))
     notes: list[str] = []
     earlier = len(done)
+    if record["begun"]:
+        _remove_files(out / record["begun"], config)
     for track in tqdm(tracks, unit="file", desc="cleaning"):
-        facts = {"rate": track.sample_rate, "frames": track.frames, "caption": track.caption}
+        facts = _facts(track)
         if track.name in done:
-            if facts.items() - done[track.name].items():
-                problems.append(f"{track.name}: has changed since an earlier run cleaned it")
+            if any(done[track.name][name] != fact for name, fact in facts.items()):
+                problems.append(
+                    f"{track.name}: has changed since an earlier run cleaned it; name a new folder"
+                )
             continue
+        record["begun"] = track.name
+        checkpoint.write_json(out / RECORD, record)
         try:
             files, frames, said = _clean(track, out, config, read)
         except ValueError as error:
@@ -70,7 +77,8 @@ def clean(config: CleanConfig) -> bool:
             raise UserError(f"--out={out}: can't be written to ({error.strerror})") from None
         notes += said
         done[track.name] = {**facts, "files": files, "frames_out": frames}
-        checkpoint.write_json(out / RECORD, record)
+    record["begun"] = None
+    checkpoint.write_json(out / RECORD, record)
 
     results = list(done.values())
     before, after = (
@@ -82,7 +90,14 @@ def clean(config: CleanConfig) -> bool:
     print(f"done       {', '.join(_asked(config))}")
     if earlier:
         print(f"           {earlier} of the recordings by an earlier run")
-    for what, lines in {"to know": notes, "can't be used": problems}.items():
+    names = {track.name for track in tracks}
+    gone = [name for name in done if name not in names]
+    what_else = {
+        "to know": notes,
+        f"of an earlier run are not in {config.folder} any more, but still in {out}": gone,
+        "can't be used": problems,
+    }
+    for what, lines in what_else.items():
         if lines:
             print(f"\n{len(lines)} {what}:\n{first_lines(lines)}")
     return not problems
@@ -96,17 +111,37 @@ def _start(config: CleanConfig, out: Path) -> dict[str, Any]:
     checkpoint.check_writable(out, "--out")
     flags = {"folder": str(root), **config.model_dump(exclude={"folder", "out", "device"})}
     record = checkpoint.read_json(out / RECORD)
-    if not any(out.iterdir()):
-        record = {"flags": flags, "done": {}}
+    half_written = checkpoint.temporaries(out, ("flac", "txt", "json"))
+    if set(out.iterdir()) <= set(half_written):
+        record = {"flags": flags, "done": {}, "begun": None}
         checkpoint.write_json(out / RECORD, record)
-    if not record or record["flags"] != flags:
+    elif not record or record["flags"] != flags:
         raise UserError(
             f"--out={out}: holds files already, which are not of a run with these flags; name a "
             "new folder"
         )
-    for path in out.rglob(".*.tmp"):  # of a killed run
+    for path in half_written:
         path.unlink()
     return record
+
+
+def _facts(track: Track) -> dict[str, Any]:
+    """What is another when a recording or its caption has changed."""
+    return {
+        "rate": track.sample_rate,
+        "frames": track.frames,
+        "stamp": track.stamp(),
+        "caption": [track.written.description, *track.written.fields] if track.written else None,
+    }
+
+
+def _remove_files(target: Path, config: CleanConfig) -> None:
+    """What a killed run has made of a recording; there may be fewer pieces now."""
+    number = r"_\d{3,}" if config.split_silences else ""
+    made = re.compile(rf"{re.escape(target.stem)}{number}\.(flac|txt|json)")
+    for path in list(target.parent.glob("*")):
+        if made.fullmatch(path.name):
+            path.unlink()
 
 
 def _asked(config: CleanConfig) -> Iterator[str]:

@@ -254,11 +254,12 @@ def _files(dataset_path: str) -> tuple[_Files, list[str]]:
         tars = shards.find(dataset_path)
     else:
         files.names.update(_walk(Path(dataset_path)))
-        tars = {n: Path(dataset_path, n) for n in files.names if n.lower().endswith(".tar")}
+        tars = {n: Path(dataset_path, n) for n in files.names if _is_tar(n)}
     for name, tar in sorted(tars.items()):
         members, wrong = shards.members(tar)
         files.members.update((f"{name}/{member.name}", member) for member in members.values())
-        problems += [f"{name}: {what}" for what in wrong]
+        again = f"; delete {tar} to have it downloaded again" if "://" in name else ""
+        problems += [f"{name}: {what}{again}" for what in wrong]
     return files, problems
 
 
@@ -267,16 +268,19 @@ def _is_recording(name: str) -> bool:
     return is_one and not posixpath.basename(name).startswith(".")
 
 
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar") and not posixpath.basename(name).startswith(".")
+
+
 def _as_wav(name: str) -> str:
-    """A recording's name with another suffix replaced by .wav; a .WAV stays as it is."""
-    stem, suffix = posixpath.splitext(name)
-    return name if suffix.lower() == ".wav" else f"{stem}.wav"
+    """A recording's name with its suffix replaced by .wav."""
+    return f"{posixpath.splitext(name)[0]}.wav"
 
 
 def _walk(root: Path) -> Iterator[str]:
     """Names of all files below a folder, through links too, but into each folder once."""
     seen = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(root, onerror=_refuse, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
@@ -286,6 +290,12 @@ def _walk(root: Path) -> Iterator[str]:
         below = Path(folder).relative_to(root).as_posix()
         prefix = "" if below == "." else f"{below}/"
         yield from (prefix + name for name in names)
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(
+        f"{error.filename}: can't be opened ({error.strerror}): make it readable, or take it out"
+    )
 
 
 def _check_text(caption: Caption | None) -> None:

@@ -52,7 +52,8 @@ def encode(config: EncodeConfig) -> bool:
                 f"--model_id={config.model_id}: name a new folder"
             )
     checkpoint.check_writable(out, "--out")
-    checkpoint.clear_temporary(out, ("safetensors", "txt", "json"))
+    for path in checkpoint.temporaries(out, ("safetensors", "txt", "json")):
+        path.unlink()
 
     new = 0
     for path, track in tqdm(made.items(), unit="file", desc="encoding"):

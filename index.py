@@ -19,7 +19,7 @@ from shards import Member
 
 # Raise the 1 when audio.check finds something else; so may other libraries.
 VERSION = f"1, libsndfile {sf.__libsndfile_version__}, PyAV {av.__version__}"
-ROW = re.compile(r"\d+( \d+){3}( \d+ \d+)?")
+ROW = re.compile(r"\d+ \d+ \d+ -?\d+( \d+ \d+)?")
 JUST_NOW_SEC = 2  # some file systems count in such steps, so that a second change isn't seen
 
 

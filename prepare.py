@@ -24,6 +24,7 @@ import audio
 import captions
 import checkpoint
 import dataset
+import shards
 from captions import MAX_TOKENS
 from clean import clean
 from config import CheckConfig, CleanConfig, EncodeConfig, ShardConfig
@@ -161,7 +162,7 @@ def check(config: CheckConfig) -> bool:
         print(f"\npicture    {config.picture}")
     usable = [track for track in tracks if track.name not in {*silent, *copies}]
     if target:
-        _copy(usable, target)
+        _copy(usable, target, shards.is_shards(config.folder))
         print(f"fixed      {len(usable)} recordings copied to {target}")
     is_good = bool(tracks) and not problems
     print(
@@ -324,19 +325,26 @@ def _check_picture(path: Path) -> None:
     return None
 
 
-def _copy(tracks: list[Track], target: Path) -> None:
-    """Recordings and their captions, in the folders, or one for each shard, that they were in."""
+def _copy(tracks: list[Track], target: Path, are_shards: bool) -> None:
+    """Recordings and their captions, in folders as they were, or in a folder for each shard.
+
+    Errors: UserError.
+    """
+    numbers: dict[Path, int] = {}  # of shards named by paths or URLs, which could lead anywhere
     for track in tracks:
         to = target / track.name
-        if track.member:  # of a shard anywhere, and so its name could lead there
-            shard = re.sub(r"[^\w.-]+", "_", track.name.removesuffix(track.member.name))
-            to = target / shard.removesuffix("_").removesuffix(".tar") / track.member.name
-        to.parent.mkdir(parents=True, exist_ok=True)
-        with track.member.open() if track.member else track.path.open("rb") as source:
-            checkpoint.write(to, partial(shutil.copyfileobj, source))
-        if track.written:
-            for suffix, content in captions.files(track.source, track.written).items():
-                checkpoint.write_bytes(to.with_suffix(suffix), content)
+        if track.member and are_shards:
+            number = numbers.setdefault(track.path, len(numbers))
+            to = target / f"shard_{number:06d}" / track.member.name
+        try:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            with track.member.open() if track.member else track.path.open("rb") as source:
+                checkpoint.write(to, partial(shutil.copyfileobj, source))
+            if track.written:
+                for suffix, content in captions.files(track.source, track.written).items():
+                    checkpoint.write_bytes(to.with_suffix(suffix), content)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{track.place}: can't be copied to {to} ({error})") from None
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from config import ShardConfig
 from dataset import Track
 from flags import UserError
 
-RECORD = ".shards.json"  # in the new folder: a digest of what goes into them
+RECORD = ".shards.json"  # in the new folder: a digest of what goes into them, and their name
 MB = 10**6
 
 
@@ -42,8 +42,8 @@ def shard(config: ShardConfig) -> bool:
         from_tags=config.caption_from == "tags",
     )
     plan = _plan(tracks, config.shard_mb * MB)
-    _start(out, plan)
-    made = {out / f"{out.resolve().name}-{i:06d}.tar": part for i, part in enumerate(plan)}
+    name = _start(out, plan)
+    made = {out / f"{name}-{i:06d}.tar": part for i, part in enumerate(plan)}
     new = {path: part for path, part in made.items() if not _is_whole(path, part)}
     for path, part in tqdm(new.items(), unit="shard", desc="writing"):
         checkpoint.write(path, partial(_write, part=part))
@@ -71,7 +71,7 @@ def _plan(tracks: list[Track], size: int) -> list[Part]:
         except (ValueError, OSError) as error:
             raise UserError(f"{track.place}: {error}") from None
         sizes = [_size(track), *map(len, beside.values())]
-        needs = sum(512 + size + -size % 512 for size in sizes)
+        needs = sum(512 + length + -length % 512 for length in sizes)
         if needs > room or not plan:
             plan.append({})
             room = size
@@ -84,15 +84,18 @@ def _key(track: Track) -> str:
     """A recording's name in a shard, without suffix; without what dataset.py takes from no tar."""
     path = PurePosixPath(track.key)
     name = path.with_name(path.stem.replace(".", "_")).as_posix()
-    return "".join("_" if c in "\\:" or not c.isprintable() else c for c in name)
+    return "".join("_" if c in "\\:" or shards.is_control(c) else c for c in name)
 
 
 def _size(track: Track) -> int:
     return track.member.size if track.member else track.path.stat().st_size
 
 
-def _start(out: Path, plan: list[Part]) -> None:
-    """A new folder, or one that was begun for the same plan. Errors: UserError."""
+def _start(out: Path, plan: list[Part]) -> str:
+    """What the shards are called in a new folder, or in one that was begun for the same plan.
+
+    Errors: UserError.
+    """
     checkpoint.check_writable(out, "--out")
     digest = hashlib.sha256()
     for part in plan:
@@ -101,15 +104,19 @@ def _start(out: Path, plan: list[Part]) -> None:
             for key, (track, beside) in part.items()
         ]
         digest.update(json.dumps(facts).encode())
-    record = {"plan": digest.hexdigest()}
-    checkpoint.clear_temporary(out, ("tar", "json"))
-    if not any(out.iterdir()):
+    record = checkpoint.read_json(out / RECORD)
+    half_written = checkpoint.temporaries(out, ("tar", "json"))
+    if set(out.iterdir()) <= set(half_written):
+        record = {"plan": digest.hexdigest(), "name": out.resolve().name}
         checkpoint.write_json(out / RECORD, record)
-    elif checkpoint.read_json(out / RECORD) != record:
+    elif not record or record["plan"] != digest.hexdigest():
         raise UserError(
             f"--out={out}: holds files already, which are no shards of this folder as it is now "
             "with these flags: name a new folder"
         )
+    for path in half_written:
+        path.unlink()
+    return str(record["name"])
 
 
 def _files(part: Part) -> Iterator[tuple[str, int, dataset.Source | bytes]]:

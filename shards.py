@@ -9,6 +9,7 @@ import io
 import os
 import re
 import tarfile
+import unicodedata
 import urllib.request
 from collections.abc import Iterator
 from functools import partial
@@ -24,6 +25,7 @@ from flags import UserError
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7z": "xz", b"\x28\xb5": "zstd"}
 ABOUT_NEXT = (b"x", b"X", b"g", b"L", b"K")  # types of headers that tell about the member after
+DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 MAX_HEADER_BYTES = 2**20
 TIMEOUT_SEC = 60
 
@@ -78,19 +80,24 @@ class _Part(io.RawIOBase):
 
 def is_shards(dataset_path: str) -> bool:
     """Whether it names tars, such as shards/train-{000..099}.tar, and not a folder."""
-    return "://" in dataset_path or dataset_path.endswith(".tar")
+    is_tar = dataset_path.endswith(".tar") and not Path(dataset_path).is_dir()
+    return "://" in dataset_path or is_tar
 
 
 def find(dataset_path: str) -> dict[str, Path]:
     """The shards that a path or URL with braces names: name -> file. Errors: UserError."""
     try:
-        names = list(braceexpand(dataset_path))
+        is_one = Path(dataset_path).is_file()
+        names = [dataset_path] if is_one else list(braceexpand(dataset_path, escape=False))
     except UnbalancedBracesError:
         raise UserError(f"{dataset_path}: a brace is open; write train-{{000..099}}.tar") from None
     shards = {name: _download(name) if "://" in name else Path(name) for name in names}
     missing = [name for name, path in shards.items() if not path.is_file()]
     if missing:
-        raise UserError(f"{dataset_path}: no such file: {', '.join(missing[:20])}")
+        raise UserError(
+            f"{dataset_path}: no such file: {', '.join(missing[:20])}; name a folder of shards, "
+            "or each, as in train-{000..099}.tar"
+        )
     return shards
 
 
@@ -137,7 +144,7 @@ def _headers(file: BinaryIO, end: int) -> Iterator[tarfile.TarInfo]:
         has_data = is_about_next or info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
         length = info.size if has_data else 0
         if length < 0 or info.type == tarfile.GNUTYPE_SPARSE:
-            raise tarfile.ReadError(f"{info.name} is sparse or has {length} bytes")
+            raise tarfile.ReadError(f"{info.name} is sparse, or its size makes no sense")
         if info.offset_data + length > end:
             raise tarfile.ReadError(f"it ends within {info.name}")
         if not is_about_next:
@@ -150,9 +157,9 @@ def _headers(file: BinaryIO, end: int) -> Iterator[tarfile.TarInfo]:
             fields = _pax(file.read(length))
             path = fields.get("path", path)
             if any(key.startswith("GNU.sparse.") for key in fields):
-                raise tarfile.ReadError(f"{path} is sparse")
+                raise tarfile.ReadError(f"the file after {info.name} is sparse")
             if "size" in fields:
-                size = int(fields["size"])
+                size = int(fields["size"][:20])
         file.seek(info.offset_data + -(-length // 512) * 512)
     if file.read(2**20).strip(b"\0"):
         raise tarfile.ReadError("there is more after its end, as in tars that were put together")
@@ -176,11 +183,17 @@ def _decoded(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
+def is_control(character: str) -> bool:
+    """Whether it has no place in a name, as half a character and changes of direction have not."""
+    has_no_place = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+    return has_no_place or unicodedata.bidirectional(character) in DIRECTIONS
+
+
 def _problem(info: tarfile.TarInfo) -> str | None:
     """Why a member is not taken."""
     path = PurePosixPath(info.name)
-    if not info.name.isprintable():
-        return "its name has characters that can't be printed"
+    if any(map(is_control, info.name)):
+        return "its name has control characters or is not UTF-8: rename it"
     if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:|.*\\", info.name):
         return "its name leads out of the folder"
     if not info.isdir() and info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):

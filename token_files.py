@@ -73,7 +73,7 @@ def read_header(source: Source) -> Header:
             is_ours = is_ours and all(
                 isinstance(n, str) for n in (facts.codec, facts.model_id, facts.source)
             )
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError):
             is_ours = False
     if not is_ours:
         raise ValueError("is no file of tokens: prepare.py encode makes them")

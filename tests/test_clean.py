@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -269,3 +270,34 @@ def test_mistakes_are_told(run, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "demucs.hf", None)
     result = run(data, remove_vocals=1)
     assert result.code == 1 and "pip install" in result.err and "--remove_vocals" in result.err
+
+
+def test_what_changed_between_two_runs_is_told(run, tmp_path):
+    """And what a killed run has left of a recording goes, if it is cleaned once more."""
+    data, out = write_pairs(tmp_path / "data", seconds=(1.0, 1.5)), tmp_path / "out"
+    run(data, split_silences=1)
+    made = out / "clip0_001.flac"
+    record = json.loads((out / clean.RECORD).read_text())
+    del record["done"]["clip0.wav"]
+    (out / clean.RECORD).write_text(json.dumps({**record, "begun": "clip0.wav"}))
+    shutil.copy(made, out / "clip0_007.flac")
+    (out / "clip0_007.txt").write_text("of more pieces, before the recording changed")
+    shutil.copy(made, out / "clip0_001_001.flac")
+    assert run(data, split_silences=1).code == 0
+    assert made.exists() and not list(out.glob("clip0_007.*"))
+    assert (out / "clip0_001_001.flac").exists(), "of a recording clip0_001"
+
+    (data / "clip0.txt").write_text("other words")
+    (data / "clip1.wav").unlink()
+    told = run(data, split_silences=1)
+    assert told.code == 1
+    assert "clip0.wav: has changed" in told.out
+    assert "not in" in told.out and "clip1.wav" in told.out
+
+
+def test_a_run_killed_before_its_record_goes_on(run, tmp_path):
+    data, out = write_pairs(tmp_path / "data", seconds=(1.0,)), tmp_path / "out"
+    out.mkdir()
+    (out / "..clean.json.7.tmp").write_text("half")
+    assert run(data, loudness=-20).code == 0
+    assert not list(out.glob(".*.tmp"))

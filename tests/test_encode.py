@@ -453,3 +453,30 @@ def test_a_full_disk_leaves_no_broken_file(
     assert call(data, fresh).code == 0
     assert everything(out) == everything(fresh)
     assert left.items() < everything(out).items()
+
+
+def test_shards_in_a_renamed_folder_are_known_again(shard, make_pairs, tmp_path):
+    data = make_pairs()
+    shard(data, tmp_path / "one")
+    before = everything(tmp_path / "one")
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert "0 written now" in shard(data, tmp_path / "two").out
+    assert everything(tmp_path / "two") == before
+
+
+def test_a_folder_that_is_refused_stays_as_it_is(shard, make_pairs, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    (mine / ".notes.json.7.tmp").write_text("of another program")
+    before = everything(mine)
+    assert "holds files already" in shard(make_pairs(), mine).err
+    assert everything(mine) == before
+
+
+def test_tokens_of_a_recording_of_any_case_have_its_crops(encode, make_pairs, tmp_path):
+    data = make_pairs(seconds=(3.0,))
+    (data / "clip0.wav").rename(data / "clip0.WAV")
+    encode(data, tmp_path / "tokens")
+    (track,), (encoded,) = (dataset.scan(str(folder)) for folder in (data, tmp_path / "tokens"))
+    assert track.key == encoded.key

@@ -10,6 +10,7 @@ import pytest
 import soundfile as sf
 from conftest import tone, write_pairs
 from PIL import Image
+from test_shards import sound, tar_of
 
 import dataset
 import prepare
@@ -186,3 +187,32 @@ def test_every_bad_table_and_every_bad_recording_is_named(look, tmp_path):
     assert "32 can't be trained on" in told.out
     for name in ("one/metadata.csv", "two/metadata.csv", *(f"  {n}.wav" for n in range(30))):
         assert told.out.count(f"{name}: ") == 1
+
+
+def test_what_is_fixed_stays_in_its_folder_and_apart(look, tmp_path):
+    """Whatever the shards are called: each recording is another one."""
+    data, fixed = tmp_path / "in" / "data", tmp_path / "in" / "fixed"
+    (data / "t").mkdir(parents=True)
+    (tmp_path / "in" / "x.txt").write_text("mine")
+    write_pairs(tmp_path / "made", seconds=(1.0, 1.1, 1.2, 1.3, 1.4))
+    wavs = [path.read_bytes() for path in sorted((tmp_path / "made").glob("*.wav"))]
+    for number, name in enumerate(("t.tar", "a b.tar", "a_b.tar", "x...tar")):
+        tar_of(data / name, [("x.wav", wavs[number]), ("x.txt", name.encode())])
+    (data / "t" / "x.wav").write_bytes(wavs[4])
+    (data / "t" / "x.txt").write_text("of the folder")
+    assert look(data, fix=fixed).code == 0
+    captions = {"t.tar", "a b.tar", "a_b.tar", "x...tar", "of the folder"}
+    assert {track.caption for track in dataset.scan(str(fixed))} == captions
+    assert (tmp_path / "in" / "x.txt").read_text() == "mine"
+    both = f"{data}/{{a b,t}}.tar"
+    assert look(Path(both), fix=tmp_path / "other").code == 0
+    assert {t.caption for t in dataset.scan(str(tmp_path / "other"))} == {"t.tar", "a b.tar"}
+
+
+def test_what_cannot_be_copied_is_told(look, tmp_path):
+    """A tar may hold a folder of a file's name; no folder of the disk can."""
+    inner = [(name, sound(number)) for number, name in enumerate(("x.wav", "x.wav/y.wav"))]
+    tar_of(tmp_path / "data" / "a.tar", inner)
+    told = look(tmp_path / "data", fix=tmp_path / "fixed", no_label=1)
+    assert told.code == 1
+    assert "x.wav/y.wav: can't be copied to" in told.err

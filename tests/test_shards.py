@@ -214,10 +214,27 @@ def test_two_processes_train_from_shards_as_one(many, mono_folder, fit, tmp_path
 
 def test_missing_shards_are_named(many, tmp_path):
     (tmp_path / "tars" / "1.tar").unlink()
-    with pytest.raises(UserError, match=r"no such file: .*tars/1\.tar, .*/3\.tar$"):
+    with pytest.raises(UserError, match=r"no such file: .*tars/1\.tar, .*/3\.tar; name a folder"):
         scan(str(many).replace("2}", "3}"))
     with pytest.raises(UserError, match="a brace is open"):
         scan(str(tmp_path / "{0..2.tar"))
+
+
+def test_a_path_that_is_there_is_taken_as_it_is(many, tmp_path):
+    tars, odd = tmp_path / "tars", tmp_path / "folder.tar"
+    odd.mkdir()
+    (tars / "0.tar").rename(odd / "a{1,2}.tar")
+    (odd / "._a.tar").write_bytes(b"of macOS, beside files on disks of others")
+    assert len(scan(str(odd))) == len(scan(str(odd / "a{1,2}.tar"))) > 0
+
+
+def test_names_of_any_language_are_taken(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("夏\u3000空.wav", sound(0, 1.0)), ("夏\u3000空.txt", b"summer")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert [track.caption for track in scan(str(tmp_path))] == ["summer"]
 
 
 def test_a_shard_cut_anywhere_is_named(tmp_path):
@@ -295,7 +312,7 @@ def record(key: bytes, value: bytes) -> bytes:
 
 WAV = member(b"late.wav")
 OUT, LINK = "leads out of the folder", "is a link or a device"
-NOT_SHOWN, BROKEN = "can't be printed", "truncated or damaged"
+NOT_SHOWN, BROKEN = "has control characters or is not UTF-8", "truncated or damaged"
 ATTACKS = {  # what follows the good pair -> what is said, None = it does no harm
     "absolute": (member(b"/etc/evil.wav"), OUT),
     "dots": (member(b"../evil.wav"), OUT),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -176,9 +177,23 @@ def test_a_twin_has_the_same_crops_and_is_held_out_alike(tmp_path):
     assert held[0] == held[1]
 
 
-def test_a_wavs_crops_are_still_drawn_by_its_own_name(tmp_path):
+def test_the_case_of_a_suffix_changes_no_crop(tmp_path):
     (track,) = scan(str(captioned(tmp_path, "Loud.WAV")))
-    assert track.key == "Loud.WAV"
+    assert track.key == "Loud.wav"
+
+
+def test_what_is_no_plain_file_or_cannot_be_opened_is_told(tmp_path):
+    folder = captioned(tmp_path, "a.wav")
+    (folder / "a.txt").unlink()
+    os.mkfifo(folder / "a.txt")
+    with pytest.raises(UserError, match=r"its caption a\.txt is not a plain file"):
+        scan(str(folder))
+    (folder / "a.txt").unlink()
+    os.mkfifo(folder / "metadata.csv")
+    with pytest.raises(UserError, match=r"metadata\.csv: is not a plain file"):
+        scan(str(folder))
+    with pytest.raises(UserError, match=r"sub: can't be opened .*make it readable"):
+        dataset._refuse(PermissionError(13, "Permission denied", "sub"))  # root may open all
 
 
 def test_suffixes_in_any_case_and_folders_within_folders(tmp_path):
