@@ -163,6 +163,14 @@ def test_it_goes_without_a_cache_folder(folder, tmp_path, monkeypatch, opened):
     assert len(opened) == 6
 
 
+def test_a_file_from_before_1970_is_known_too(folder, opened):
+    os.utime(folder / "a.wav", (-100, -100))
+    scan(str(folder))
+    opened.clear()
+    scan(str(folder))
+    assert not opened
+
+
 def test_two_datasets_have_an_index_each(folder, tmp_path, opened):
     put(tmp_path / "other" / "a.wav", 2.0)
     for _ in range(2):
