@@ -274,7 +274,7 @@ def _is_tar(name: str) -> bool:
 
 def _as_wav(name: str) -> str:
     """A recording's name with its suffix replaced by .wav."""
-    return f"{posixpath.splitext(name)[0]}.wav"
+    return f"{name[: name.rindex('.')]}.wav"
 
 
 def _walk(root: Path) -> Iterator[str]:

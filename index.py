@@ -68,4 +68,4 @@ class Index:
         if self.has_changed or len(rows) < len(self.rows):
             with contextlib.suppress(OSError, UserError):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                checkpoint.write_json(self.path, {"version": VERSION, "rows": rows})
+                checkpoint.write_json(self.path, {"version": VERSION, "rows": rows}, indent=None)
