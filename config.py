@@ -516,7 +516,7 @@ class EncodeConfig(Flags):
     folder: Dataset = Field(description="folder or shards, as --dataset_path of run.py")
     out: AnyPath = Field(
         description="folder for the files of tokens, outside of it; what is encoded there already "
-        "is kept"
+        "is kept, unless the recording has changed"
     )
     model_id: str = Field(
         "small", min_length=1, description="the model whose EnCodec it takes, as for run.py"

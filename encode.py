@@ -55,7 +55,7 @@ def encode(config: EncodeConfig) -> bool:
     for path in checkpoint.temporaries(out, ("safetensors", "txt", "json")):
         path.unlink()
 
-    new = 0
+    new, replaced = 0, list[str]()
     for path, track in tqdm(made.items(), unit="file", desc="encoding"):
         try:
             facts = Facts(
@@ -75,12 +75,19 @@ def encode(config: EncodeConfig) -> bool:
             codes = tokens.encode(model, track, config.batch_size)
             checkpoint.write(path, partial(token_files.write, codes=codes, facts=facts))
             new += 1
+            if path in earlier:
+                replaced.append(path.relative_to(out).as_posix())
         except (ValueError, OSError) as error:
             raise UserError(f"{track.place}: {error}") from None
 
     seconds = sum(track.duration_sec for track in tracks)
     print(f"recordings {len(tracks)}, {format_seconds(seconds)} in all")
     print(f"tokens     {new} encoded now, {len(tracks) - new} were there, in {out}")
+    if replaced:
+        print(
+            f"\n{len(replaced)} of them in place of others, as these recordings have changed, or "
+            f"were another folder's:\n{first_lines(replaced)}"
+        )
     others = [
         path.relative_to(out).as_posix() for path in out.rglob(f"*{SUFFIX}") if path not in made
     ]
@@ -134,9 +141,9 @@ def _check_captions(made: dict[Path, Track]) -> None:
 
 def _there(path: Path) -> Header | None:
     """Of tokens that are there already. Errors: UserError if another file, or part of one, is."""
-    if not path.exists():
-        return None
     try:
+        if not path.exists():
+            return None
         return token_files.read_header(path)
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: {error}; move it away, the tokens go there") from None

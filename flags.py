@@ -145,7 +145,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _exit(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {_printable(message)}", file=sys.stderr)
     sys.exit(1)
 
 
@@ -173,10 +173,11 @@ def first_lines(lines: list[str], limit: int = 20) -> str:
 
     Names and captions may hold what would steer the terminal.
     """
-    shown = [
-        "  " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-        for line in lines[:limit]
-    ]
+    shown = ["  " + _printable(line.replace("\n", "\\n")) for line in lines[:limit]]
     if len(lines) > limit:
         shown.append(f"  ... and {len(lines) - limit} more")
     return "\n".join(shown)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

@@ -107,9 +107,9 @@ def _start(out: Path, plan: list[Part]) -> str:
     record = checkpoint.read_json(out / RECORD)
     half_written = checkpoint.temporaries(out, ("tar", "json"))
     if set(out.iterdir()) <= set(half_written):
-        record = {"plan": digest.hexdigest(), "name": out.resolve().name}
+        record = {"plan": digest.hexdigest(), "name": out.resolve().name.lstrip(".") or "shard"}
         checkpoint.write_json(out / RECORD, record)
-    elif not record or record["plan"] != digest.hexdigest():
+    elif not isinstance(record, dict) or record.get("plan") != digest.hexdigest():
         raise UserError(
             f"--out={out}: holds files already, which are no shards of this folder as it is now "
             "with these flags: name a new folder"

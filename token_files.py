@@ -106,7 +106,10 @@ def read(source: Source, first: int, frames: int, card: int) -> np.ndarray:  # [
         with _opened(source) as file:
             for row, codebook in enumerate(codes):
                 file.seek(header.start + 2 * (row * header.token_frames + first))
-                codebook[:] = np.frombuffer(file.read(2 * length), "<i2")
+                data = file.read(2 * length)
+                if len(data) < 2 * length:
+                    raise ValueError("truncated: it has changed since the start")
+                codebook[:] = np.frombuffer(data, "<i2")
     except OSError as error:
         raise ValueError(f"can't be read ({error})") from None
     if codes.size and not 0 <= codes.min() <= codes.max() < card:

@@ -480,3 +480,26 @@ def test_tokens_of_a_recording_of_any_case_have_its_crops(encode, make_pairs, tm
     encode(data, tmp_path / "tokens")
     (track,), (encoded,) = (dataset.scan(str(folder)) for folder in (data, tmp_path / "tokens"))
     assert track.key == encoded.key
+
+
+def test_tokens_put_in_place_of_others_are_named(encode, make_pairs, tmp_path):
+    one, two = make_pairs(seconds=(1.0, 1.5)), tmp_path / "two"
+    encode(one, tmp_path / "tokens", no_label=1)
+    two.mkdir()
+    sf.write(two / "clip0.wav", tone(9, 2.0), 32_000)
+    told = encode(two, tmp_path / "tokens", no_label=1)
+    assert "1 of them in place of others" in told.out and "clip0.safetensors" in told.out
+    assert "clip1.safetensors" in told.out, "of no recording in this folder"
+
+
+def test_a_name_with_no_room_for_a_suffix_is_told(encode, tmp_path):
+    (tmp_path / "data").mkdir()
+    sf.write(tmp_path / "data" / f"{'あ' * 83}.wav", tone(0, 1.0), 32_000)
+    (tmp_path / "tokens").mkdir()
+    told = encode(tmp_path / "data", tmp_path / "tokens", no_label=1)
+    assert told.code == 1 and "File name too long" in told.err
+
+
+def test_shards_in_a_hidden_folder_are_no_hidden_files(shard, make_pairs, tmp_path):
+    shard(make_pairs(), tmp_path / ".hidden")
+    assert dataset.scan(str(tmp_path / ".hidden"))

@@ -549,3 +549,11 @@ def test_what_can_not_be_fetched_is_named_and_leaves_nothing(url, says, server, 
     assert url in str(caught.value)
     assert says in str(caught.value)
     assert not kept(tmp_path)
+
+
+def test_an_unfinished_download_and_a_long_list_are_told(many, tmp_path):
+    tar = tmp_path / "tars" / "0.tar"
+    tar.write_bytes(bytes(2**20) + tar.read_bytes())
+    assert "begins with zeros" in found(tmp_path / "tars")[1][0]
+    with pytest.raises(UserError, match="no such file"):
+        scan(f"{tmp_path}/{{{','.join(f'train-{n:06d}' for n in range(40))}}}.tar")
