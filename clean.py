@@ -58,10 +58,15 @@ def clean(config: CleanConfig) -> bool:
     earlier = len(done)
     if record["begun"]:
         _remove_files(out / record["begun"], config)
+    cleaned = {_stem(name): name for name in done}
     for track in tqdm(tracks, unit="file", desc="cleaning"):
-        facts = _facts(track)
-        if track.name in done:
-            if any(done[track.name][name] != fact for name, fact in facts.items()):
+        try:
+            facts = _facts(track)
+        except OSError as error:
+            problems.append(f"{track.name}: {error}")
+            continue
+        if name := cleaned.get(_stem(track.name)):
+            if name != track.name or any(done[name][fact] != facts[fact] for fact in facts):
                 problems.append(
                     f"{track.name}: has changed since an earlier run cleaned it; name a new folder"
                 )
@@ -123,6 +128,10 @@ def _start(config: CleanConfig, out: Path) -> dict[str, Any]:
     for path in half_written:
         path.unlink()
     return record
+
+
+def _stem(name: str) -> str:
+    return name[: name.rindex(".")]
 
 
 def _facts(track: Track) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def find(
     names = sorted(
         (name for name in files if _is_recording(name)),
         # Twins are trained in the same order, and what is in a folder together.
-        key=lambda name: _as_wav(name).replace("/", "\0"),
+        key=lambda name: (_as_wav(name).replace("/", "\0"), name),
     )
     if not names and not problems:
         raise UserError(

@@ -294,6 +294,13 @@ def test_what_changed_between_two_runs_is_told(run, tmp_path):
     assert "clip0.wav: has changed" in told.out
     assert "not in" in told.out and "clip1.wav" in told.out
 
+    before = everything(out)
+    wav = audio(data / "clip0.wav")
+    (data / "clip0.wav").unlink()
+    sf.write(data / "clip0.flac", wav, RATE)
+    assert "clip0.flac: has changed" in run(data, split_silences=1).out
+    assert everything(out) == before
+
 
 def test_a_run_killed_before_its_record_goes_on(run, tmp_path):
     data, out = write_pairs(tmp_path / "data", seconds=(1.0,)), tmp_path / "out"
