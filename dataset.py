@@ -5,81 +5,21 @@ Everything random here is a function of (seed, epoch, file), so that a run can b
 and split over processes without a change in what it sees.
 """
 
-import contextlib
-import gc
 import hashlib
-import os
-import posixpath
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-import audio
-import shards
-import token_files
-from audio import SUFFIXES, Source
-from captions import PLAIN, Caption, Captions, Merging
-from flags import UserError, first_lines
-from index import Index
-from shards import Member
-
-if TYPE_CHECKING:  # it imports this file
-    from melody import Melodies
-    from tokens import Tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Track:
-    """One recording, its length in its own frames, and its caption.
-
-    It is the file `name` in the folder `root`, or a member of a shard.
-    `written` is the caption as it was found, None without captions; `codec` is what the tokens
-    are of, if it is a file of tokens, with rate and length of the recording that it is made from.
-    """
-
-    root: str
-    name: str
-    member: Member | None
-    caption: str
-    sample_rate: int
-    frames: int
-    written: Caption | None = None
-    codec: str | None = None
-
-    @property
-    def source(self) -> Source:
-        """Where to read it."""
-        return self.member or self.path
-
-    @property
-    def path(self) -> Path:
-        """The file on disk that it is in."""
-        return self.member.tar if self.member else Path(self.root, self.name)
-
-    @property
-    def place(self) -> str:
-        """What it is called to the user."""
-        return f"{self.path}/{self.member.name}" if self.member else str(self.path)
-
-    @property
-    def duration_sec(self) -> float:
-        return self.frames / self.sample_rate
-
-    @property
-    def key(self) -> str:
-        """What its crops are drawn by: those of a flac, or in a shard, are those of the wav."""
-        return _as_wav(self.member.name if self.member else self.name)
-
-    def stamp(self) -> list[str | int]:
-        """What is another when the recording has changed. Errors: OSError."""
-        status = self.path.stat()
-        stamp: list[str | int] = [status.st_size, status.st_mtime_ns]
-        return [*stamp, self.member.name, self.member.offset] if self.member else stamp
+from errors import UserError
+from recordings import audio
+from recordings.melodies import Melodies
+from recordings.tokens import Tokens
+from recordings.track import Track
+from recordings.wording import PLAIN, Merging
 
 
 @dataclass(frozen=True)
@@ -124,194 +64,6 @@ class Batch(NamedTuple):
     error: str | None = None
 
 
-def scan(
-    folder: str,
-    *,
-    with_captions: bool = True,
-    caption: str | None = None,
-    from_tags: bool = False,
-) -> list[Track]:
-    """Find and check the recordings of a dataset, decoding none but those that may hold NaN.
-
-    Those that an earlier scan has checked are not opened again; see index.py.
-    `caption` is for all, `from_tags` takes the files' own tags; else see captions.py.
-    Errors: a UserError that names every file which can't be used, and why.
-    """
-    tracks, problems = find(
-        folder,
-        with_captions=with_captions,
-        caption=caption,
-        from_tags=from_tags,
-        index=Index(folder),
-    )
-    if problems:
-        raise UserError(
-            f"{folder}: {len(problems)} of {len(tracks) + len(problems)} recordings can't be "
-            f"trained on; mend them or move them out of the folder:\n{first_lines(problems)}"
-        )
-    return tracks
-
-
-@contextlib.contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Nothing is looked for that could be freed: among many new objects that takes long."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@_no_garbage()
-def find(
-    folder: str,
-    *,
-    with_captions: bool = True,
-    caption: str | None = None,
-    from_tags: bool = False,
-    index: Index | None = None,
-) -> tuple[list[Track], list[str]]:
-    """The recordings that can be used, and for each that can't its name and why.
-
-    All are opened, but for those that `index` knows.
-    Errors: UserError if there is none of either.
-    """
-    files, problems = _files(folder)
-    names = sorted(
-        (name for name in files if _is_recording(name)),
-        # Twins are trained in the same order, and what is in a folder together.
-        key=lambda name: (_as_wav(name).replace("/", "\0"), name),
-    )
-    if not names and not problems:
-        raise UserError(
-            f"{folder}: no recordings in this folder ({' '.join(SUFFIXES)}); put each there as "
-            "NAME.wav beside its caption NAME.txt"
-        )
-    captions = Captions(files, one=caption, from_tags=from_tags)
-    tracks, seen = [], dict[str, str]()
-    for name in names:
-        try:
-            _check_name(name)
-            twin = seen.setdefault(name[: name.rindex(".")], name)
-            if twin != name:  # mostly one recording twice, and then counted twice
-                raise ValueError(f"has the same name as {twin}, and so its caption: keep one")
-            written = captions.of(name) if with_captions else None
-            _check_text(written)
-            source = files[name]
-            sample_rate, frames, codec = _check(name, source, index)
-        except (OSError, ValueError) as error:  # soundfile's errors are both, here, and ours
-            problems.append(f"{name}: {error}")
-        except UserError as error:  # of a table, and so of many recordings
-            if str(error) not in problems:
-                problems.append(str(error))
-        else:
-            text = written.plain if written else ""
-            member = source if isinstance(source, Member) else None
-            tracks.append(Track(folder, name, member, text, sample_rate, frames, written, codec))
-    if index:
-        index.save(names)
-    return tracks, problems
-
-
-def _check(name: str, source: Source, index: Index | None) -> tuple[int, int, str | None]:
-    """(sample rate in Hz, frames, what its tokens are of) of what can be trained on."""
-    if source.suffix.lower() == token_files.SUFFIX:
-        header = token_files.read_header(source)
-        return header.facts.sample_rate, header.facts.frames, header.codec
-    return *(index.check(name, source) if index else audio.check(source)), None
-
-
-class _Files(Mapping[str, Source]):
-    """All files of a dataset by name: on disk below `root`, or in its shards."""
-
-    def __init__(self, root: str) -> None:
-        self.root = root
-        self.names: set[str] = set()  # on disk
-        self.members: dict[str, Member] = {}
-
-    def __getitem__(self, name: str) -> Source:
-        if name in self.names:
-            return Path(self.root, name)
-        return self.members[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names or name in self.members
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self.names
-        yield from self.members
-
-    def __len__(self) -> int:
-        return len(self.names) + len(self.members)
-
-
-def _files(dataset_path: str) -> tuple[_Files, list[str]]:
-    """What is in a folder, or in the shards that a path with braces names; and bad shards."""
-    files, problems = _Files(dataset_path), []
-    if shards.is_shards(dataset_path):
-        tars = shards.find(dataset_path)
-    else:
-        files.names.update(_walk(Path(dataset_path)))
-        tars = {n: Path(dataset_path, n) for n in files.names if _is_tar(n)}
-    for name, tar in sorted(tars.items()):
-        members, wrong = shards.members(tar)
-        files.members.update((f"{name}/{member.name}", member) for member in members.values())
-        again = f"; delete {tar} to have it downloaded again" if "://" in name else ""
-        problems += [f"{name}: {what}{again}" for what in wrong]
-    return files, problems
-
-
-def _is_recording(name: str) -> bool:
-    is_one = name.lower().endswith((*SUFFIXES, token_files.SUFFIX))
-    return is_one and not posixpath.basename(name).startswith(".")
-
-
-def _is_tar(name: str) -> bool:
-    return name.lower().endswith(".tar") and not posixpath.basename(name).startswith(".")
-
-
-def _as_wav(name: str) -> str:
-    """A recording's name with its suffix replaced by .wav."""
-    return f"{name[: name.rindex('.')]}.wav"
-
-
-def _walk(root: Path) -> Iterator[str]:
-    """Names of all files below a folder, through links too, but into each folder once."""
-    seen = set()
-    for folder, folders, names in os.walk(root, onerror=_refuse, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()  # of a folder that is linked too, the same name everywhere
-        below = Path(folder).relative_to(root).as_posix()
-        prefix = "" if below == "." else f"{below}/"
-        yield from (prefix + name for name in names)
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(
-        f"{error.filename}: can't be opened ({error.strerror}): make it readable, or take it out"
-    )
-
-
-def _check_text(caption: Caption | None) -> None:
-    try:
-        " ".join([caption.description, *caption.fields] if caption else []).encode()
-    except UnicodeEncodeError:
-        raise ValueError("its caption has half a character in it (a lone surrogate)") from None
-
-
-def _check_name(name: str) -> None:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise ValueError("its name is not UTF-8: rename it") from None
-
-
 class Clips(Dataset[Clip]):
     """Crops of tracks at the model's rate. Indexed by `Pick`; the same pick is the same clip.
 
@@ -340,8 +92,8 @@ class Clips(Dataset[Clip]):
         merging: Merging = PLAIN,
         in_front: Callable[[str], str] = str,
         drop_word: float = 0.0,
-        tokens: "Tokens | None" = None,
-        melodies: "Melodies | None" = None,
+        tokens: Tokens | None = None,
+        melodies: Melodies | None = None,
         drop_melody: float = 0.0,
     ) -> None:
         self.tracks = tracks
@@ -383,9 +135,9 @@ class Clips(Dataset[Clip]):
                 valid = min(crop.shape[1], self.samples)
                 wav[:, :valid] = crop[:, :valid]
             if self.melodies:
-                melody = self.melodies.none
+                melody = torch.from_numpy(self.melodies.none)
                 if pick.weight and not unconditional and rng.random() >= self.drop_melody:
-                    melody = self.melodies.crop(track, start, frames)
+                    melody = torch.from_numpy(self.melodies.crop(track, start, frames))
         except ValueError as error:
             problem = f"{track.place}: {error}; mend it or move it out of the folder"
         except OSError as error:  # of the cache

@@ -1,7 +1,8 @@
 """Fine-tune MusicGen: `python run.py --dataset_path=FOLDER` leaves `models/lm_final.pt`."""
 
-from config import Config
-from flags import parse, plain_errors
+from errors import plain_errors
+from flags.parse import parse
+from flags.run import Config
 
 OUT_OF_MEMORY = (
     "Use less, in this order: --grad_checkpointing=1; a smaller --batch_size with a larger "
@@ -16,7 +17,7 @@ def main() -> None:
         config = parse(Config, aliases={"dataset": "dataset_path"})
         # torch and audiocraft are not imported before the flags are known to be good
         if config.dry_run:
-            from memory import dry_run
+            from commands.dry_run import dry_run
 
             print(dry_run(config))
         else:

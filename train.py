@@ -7,54 +7,29 @@ import contextlib
 import math
 import signal
 import statistics
-import sys
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-import checkpoint
-import musicgen
-import session
-from config import Config
 from dataset import Batch
-from evaluate import eval_mode, validate, write_samples
-from flags import UserError, first_lines
-from musicgen import to_device
-from plan import train_batches
-from report import format_seconds
-from session import Session
+from errors import UserError, first_lines
+from flags.run import Config
+from musicgen.device import to_device
+from musicgen.loss import token_counts
+from training.evaluate import eval_mode, validate, write_samples
+from training.output import RESUME, checkpoint_path, clear_weights, prune
+from training.plan import train_batches
+from training.report import train_line, valid_line
+from training.session import Session
+from training.start import start
+from training.stop import StopSignals, handled_by, say
 
 
 class NonFinite(UserError):
     """The loss or the gradient is NaN or infinite; the weights are still those of before."""
-
-
-class StopSignals:
-    """Ctrl-C and SIGTERM ask for a stop after the step; a second one stops at once."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.requested = 0  # the signal's number
-        self.is_saving = False
-
-    def __call__(self, number: int, frame: object) -> None:
-        if self.is_saving:
-            _say(self.accelerator, "saving; please wait")
-        elif self.requested:
-            raise KeyboardInterrupt
-        else:
-            self.requested = number
-            _say(self.accelerator, "stopping soon, with everything saved; again to stop at once")
-
-    def check(self) -> None:
-        """Stop here, if that leaves no other process waiting."""
-        if self.requested and self.accelerator.num_processes == 1:
-            raise KeyboardInterrupt
 
 
 def train(config: Config) -> None:
@@ -63,12 +38,12 @@ def train(config: Config) -> None:
     Errors: UserError for what the user can mend. Every way out (Ctrl-C, SIGTERM, any exception)
     leaves a resume state of the last whole step; a non-finite loss only if there is none yet.
     """
-    run = session.start(config)
+    run = start(config)
     first_step, failed = run.step, True
     stop = StopSignals(run.accelerator)
     rank = run.accelerator.process_index
     batches = train_batches(run.clips, run.plan, start=run.step, rank=rank, workers=run.workers)
-    with _handled_by(stop), contextlib.closing(batches):
+    with handled_by(stop), contextlib.closing(batches):
         try:
             _loop(run, stop, batches)
             failed = False
@@ -78,7 +53,7 @@ def train(config: Config) -> None:
                 _save_what_there_is(run, error)
             if isinstance(error, KeyboardInterrupt) or stop.requested:
                 if run.step == first_step:
-                    _say(run.accelerator, "stopped before a step was done: nothing new to save")
+                    say(run.accelerator, "stopped before a step was done: nothing new to save")
                 raise SystemExit(128 + (stop.requested or signal.SIGINT)) from None
             raise
         finally:
@@ -92,20 +67,15 @@ def train(config: Config) -> None:
 
 def _save_what_there_is(run: Session, error: BaseException) -> None:
     """After an error: the resume state of the last whole step, if the weights are of one."""
-    path = run.output / checkpoint.RESUME
+    path = run.output / RESUME
     if not run.is_whole:
-        _say(run.accelerator, f"stopped while the weights were changing: {path} is left as it was")
+        say(run.accelerator, f"stopped while the weights were changing: {path} is left as it was")
     elif isinstance(error, NonFinite) and path.exists():
-        _say(run.accelerator, f"{path} is left as it was")  # the newer state may be bad already
+        say(run.accelerator, f"{path} is left as it was")  # the newer state may be bad already
     else:
-        _say(run.accelerator, f"stopped after step {run.step} of {run.total}; saving {path}")
+        say(run.accelerator, f"stopped after step {run.step} of {run.total}; saving {path}")
         run.save_resume()
-        _say(run.accelerator, "saved: go on with the same flags and --resume=1 (not --overwrite)")
-
-
-def _say(accelerator: Accelerator, line: str) -> None:
-    if accelerator.is_main_process:
-        print(line, file=sys.stderr, flush=True)
+        say(run.accelerator, "saved: go on with the same flags and --resume=1 (not --overwrite)")
 
 
 def _loop(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> None:
@@ -132,7 +102,7 @@ def _loop(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> None:
         valid = [run.valid_frames(batch.valid_samples) for batch in micro_batches]
         # Tokens of each codebook in the whole step, all processes: [K]. Needed before the first
         # backward pass, so that micro-batches weigh by their tokens.
-        counts = musicgen.token_counts(lm, torch.cat(valid), run.frames)
+        counts = token_counts(lm, torch.cat(valid), run.frames)
         counts = accelerator.reduce(to_device(counts, device))
         losses = []  # [B, K] of each micro-batch
         for i, batch in enumerate(micro_batches):
@@ -165,7 +135,7 @@ def _loop(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> None:
             if run.ema:
                 run.ema.update()
         if run.report and config.overwrite and run.step == 1:
-            checkpoint.clear_weights(run.output)  # the run works: now they may go
+            clear_weights(run.output)  # the run works: now they may go
 
         seconds.append(time.perf_counter() - began)
         if run.report:
@@ -179,7 +149,7 @@ def _loop(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> None:
                 "clips_per_sec": len(run.plan.step(run.step - 1)) / seconds[-1],
             }
             eta = statistics.median(seconds[-50:]) * (run.total - run.step)
-            run.report.log(row, _train_line(row, run.total, eta))
+            run.report.log(row, train_line(row, run.total, eta))
         if stop_asked:
             raise KeyboardInterrupt
 
@@ -202,19 +172,19 @@ def _do_what_is_due(run: Session, stop: StopSignals) -> None:
             if validates:
                 row = {"step": step, **validate(run, stop.check)}
                 if run.report:
-                    run.report.log(row, _valid_line(row, run.total))
+                    run.report.log(row, valid_line(row, run.total))
             if run.report and samples:
                 for path, prompt in write_samples(run, stop.check):
                     run.report.log_sample(step, path, prompt)
             if saves:
-                run.save_weights(checkpoint.checkpoint_path(run.final, step))
-                checkpoint.prune(run.output, config.keep_checkpoints)
+                run.save_weights(checkpoint_path(run.final, step))
+                prune(run.output, config.keep_checkpoints)
             if run.report and last:
                 run.save_final()
     if saves or (run.report and last and config.save_step):
         run.save_resume(is_finished=last)
     elif run.report and last:  # of an earlier, interrupted part of this run
-        (run.output / checkpoint.RESUME).unlink(missing_ok=True)
+        (run.output / RESUME).unlink(missing_ok=True)
 
 
 def _check_finite(
@@ -250,33 +220,3 @@ def _check_finite(
 
 def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-@contextlib.contextmanager
-def _handled_by(handler: StopSignals) -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = {number: signal.signal(number, handler) for number in numbers}
-    except ValueError:  # not in the main thread: the embedding program has the signals
-        before = {}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def _train_line(row: dict[str, Any], total: int, eta_sec: float) -> str:
-    norm = "skipped" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
-    return (
-        f"step {row['step']}/{total}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  grad {norm}  "
-        f"{row['ms']:.0f} ms  {row['clips_per_sec']:.2f} clips/s  eta {format_seconds(eta_sec)}"
-    )
-
-
-def _valid_line(row: dict[str, Any], total: int) -> str:
-    codebooks = " ".join(f"{loss:.3f}" for loss in row["valid_loss_codebooks"])
-    return (
-        f"step {row['step']}/{total}  held-out loss {row['valid_loss']:.4f}  perplexity "
-        f"{row['valid_perplexity']:.1f}  codebooks {codebooks}"
-    )

@@ -35,13 +35,14 @@ import soundfile as sf
 import torch
 import torchaudio
 
-import cache
-import musicgen
+import files
 from benchmarks.step import peak_rss
-from dataset import Clip, Clips, Pick, Track, scan
+from dataset import Clip, Clips, Pick
 from demo.tiny import build_musicgen
-from plan import Plan, train_batches
-from tokens import Tokens
+from musicgen import codec, load
+from recordings.scan import scan
+from recordings.track import Track
+from training.plan import Plan, train_batches
 
 RATE_HZ = 44_100
 MODEL_RATE_HZ = 32_000
@@ -133,9 +134,9 @@ def rates(files: int = 4, repeats: int = 5) -> None:
             tar.add(data, ".")
         tracks, in_shard = scan(str(data)), scan(str(folder / "shard.tar"))
         # The codec of the tests: the codes' values don't matter for the speed.
-        model = musicgen.load(str(build_musicgen(folder / "model")), torch.device("cpu"))
-        tokens = Tokens(model)
-        tokens.prepare(model, tracks, 1)
+        model = load.load_model(str(build_musicgen(folder / "model")), torch.device("cpu"))
+        tokens = codec.tokens_of(model)
+        codec.fill(model, tokens, tracks, 1)
         ways = {  # and how many batches of each
             "original": (make_clips(WholeFiles, tracks), 5),
             "folder": (make_clips(Clips, tracks), 17),
@@ -187,7 +188,7 @@ def scale(count: int = 100_000) -> None:
                 seconds, grown, peak = pool.apply(_scanning, (str(folder / "one"), str(data)))
             print(f"{start} scan: {seconds:.1f} s, {grown / count:.0f} bytes a clip", end=", ")
             print(f"at the peak {peak / count:.0f}", flush=True)
-        shutil.rmtree(cache.folder("index"))
+        shutil.rmtree(files.cache_folder("index"))
         for start in ("first", "second"):
             print(f"{start} run.py: {_first_step(run.split())}", flush=True)
 

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.memory import Trainer, flags
 from demo.demo import TRAIN, run
-from report import read_rows
+from training.report import read_rows
 
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},

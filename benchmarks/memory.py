@@ -18,11 +18,12 @@ import fire
 import psutil
 import torch
 
-import memory
-import musicgen
-import session
 from benchmarks.step import peak_rss
-from config import Config
+from flags.run import Config
+from musicgen.config import configs
+from musicgen.loss import TokenLoss
+from training import memory
+from training.optimizer import make_optimizer
 
 MEASURED: list[dict[str, Any]] = [
     {},
@@ -51,7 +52,7 @@ def measure() -> None:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # else glibc keeps freed tensors under 32 MB
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
     print(f"{'measured':>10} {'computed':>10} {'ratio':>6}  flags")
-    model = musicgen.configs("small")
+    model = configs("small")
     for changes in MEASURED:
         config = flags(**changes)
         need = memory.estimate(config, model, FRAMES, DTYPE)
@@ -81,15 +82,15 @@ class Trainer:
     """A language model of small's true size and random weights, on random codes of 30 s."""
 
     def __init__(self, config: Config) -> None:
-        model = musicgen.configs("small")
+        model = configs("small")
         self.config, self.width = config, model[2].d_model
-        self.lm = memory.build_lm(config, model, model[0].transformer_lm.num_layers, DTYPE)
+        self.lm = memory.language_model(config, model, model[0].transformer_lm.num_layers, DTYPE)
         self.lm.to_empty(device="cpu")
         with torch.no_grad():
             for parameter in self.lm.parameters():
                 parameter.normal_(std=0.02)
         self.trained = {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
-        self.optimizer = session._make_optimizer(config, self.trained)
+        self.optimizer = make_optimizer(config, self.trained)
 
     def step(self) -> None:
         """As in train.py, after EnCodec and T5."""
@@ -99,7 +100,7 @@ class Trainer:
             text = torch.randn(B, memory.CAPTION_TOKENS, self.width)
             valid, mask = torch.full((B,), FRAMES), torch.ones(text.shape[:2])
             with torch.autocast("cpu", DTYPE):
-                loss = musicgen.TokenLoss(self.lm)(codes, valid, text, mask).mean()
+                loss = TokenLoss(self.lm)(codes, valid, text, mask).mean()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         self.optimizer.step()
@@ -108,7 +109,7 @@ class Trainer:
 
 def warm_up(config: Config) -> None:
     """What torch's libraries and the imports take once, whatever the model's size."""
-    memory.build_lm(config, musicgen.configs("small"), 2, DTYPE)
+    memory.language_model(config, configs("small"), 2, DTYPE)
     with torch.autocast("cpu", DTYPE):
         layer = torch.nn.Linear(64, 64)
         layer(torch.randn(8, 64)).sum().backward()
@@ -124,7 +125,7 @@ def table() -> None:
     }
     print(f"| | {' | '.join(ways)} |\n{'|---' * (1 + len(ways))}|")
     for name in ("small", "medium", "large", "stereo-large"):
-        model = musicgen.configs(name)
+        model = configs(name)
         cells = []
         for changes in ways.values():
             config = flags(grad_checkpointing=True, **changes)

@@ -37,16 +37,22 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.nn import functional as F
 
-import flags
-import musicgen
-import report
-import session
+import musicgen  # noqa: F401  (stands in for the xformers that audiocraft imports)
+
+# isort: split
+from audiocraft.modules.conditioners import ConditioningAttributes
+
 import train
-from config import Config
 from dataset import Batch
 from demo import music, tiny
-from musicgen import ConditioningAttributes, MusicGen
-from plan import train_batches
+from flags.parse import build
+from flags.run import Config
+from musicgen import codec, load
+from musicgen.loss import TokenLoss, token_counts
+from musicgen.text import TextEncoder
+from training import report
+from training.optimizer import make_optimizer
+from training.plan import train_batches
 
 SIZES: dict[str, dict[str, Any]] = {
     "bench": {"dim": 256, "num_heads": 4, "num_layers": 4},
@@ -59,21 +65,21 @@ CPU = torch.device("cpu")
 Way = tuple[Callable[[], tuple[torch.Tensor, ...]], torch.optim.Optimizer]
 
 
-def our_way(model: MusicGen, codes: torch.Tensor, config: Config) -> Way:
+def our_way(model: load.Model, codes: torch.Tensor, config: Config) -> Way:
     """As in train.py, after EnCodec."""
     lm, (B, _, T) = model.lm, codes.shape
-    module, text_encoder = musicgen.TokenLoss(lm), musicgen.TextEncoder(lm)
+    module, text_encoder = TokenLoss(lm), TextEncoder(lm)
     valid = torch.full((B,), T)
 
     def forward() -> tuple[torch.Tensor, ...]:
-        counts = musicgen.token_counts(lm, valid, T)
+        counts = token_counts(lm, valid, T)
         loss = module(codes, valid, *text_encoder(CAPTIONS[:B], CPU))
         return ((loss.sum(0) / counts).mean(),)
 
-    return forward, session._make_optimizer(config, dict(lm.named_parameters()))
+    return forward, make_optimizer(config, dict(lm.named_parameters()))
 
 
-def plain_way(model: MusicGen, codes: torch.Tensor, config: Config) -> Way:
+def plain_way(model: load.Model, codes: torch.Tensor, config: Config) -> Way:
     """As in audiocraft's solver, after EnCodec: solvers/musicgen.py, run_step."""
     lm, (B, K, T) = model.lm, codes.shape
     attributes = [ConditioningAttributes(text={"description": c}) for c in CAPTIONS[:B]]
@@ -99,11 +105,11 @@ WAYS = {"ours": our_way, "plain": plain_way}
 
 def prepare(folder: Path, batch: int, ways: list[str]) -> tuple[nn.Module, list[Way]]:
     """One model for all: each way has its own optimizer only, which at the true size fits."""
-    model = musicgen.load(str(folder), CPU)
+    model = load.load_model(str(folder), CPU)
     model.lm.train()
     shape = (batch, model.lm.num_codebooks, round(30 * model.frame_rate))
     codes = torch.randint(model.lm.card, shape, generator=torch.Generator().manual_seed(0))
-    config = flags.build(Config, {"dataset_path": str(folder)})
+    config = build(Config, {"dataset_path": str(folder)})
     return model.lm, [WAYS[way](model, codes, config) for way in ways]
 
 
@@ -197,13 +203,13 @@ def loop_overhead(folder: Path, batch: int, steps: int, cache_tokens: bool) -> N
         (train, "train_batches", timed_batches),
     ]
     for piece, owner, name in (
-        ("forward", musicgen.TokenLoss, "forward"),
+        ("forward", TokenLoss, "forward"),
         ("backward", Accelerator, "backward"),
         ("clip", Accelerator, "clip_grad_norm_"),
         ("optimizer", AcceleratedOptimizer, "step"),
-        ("EnCodec", musicgen, "encode_audio"),
-        ("token counts", musicgen, "token_counts"),
-        ("captions", musicgen.TextEncoder, "__call__"),
+        ("EnCodec", codec, "encode_audio"),
+        ("token counts", train, "token_counts"),
+        ("captions", TextEncoder, "__call__"),
         ("log and picture", report.Report, "log"),
     ):
         patches.append((owner, name, timed(piece, getattr(owner, name))))
@@ -219,7 +225,7 @@ def loop_overhead(folder: Path, batch: int, steps: int, cache_tokens: bool) -> N
         "cache_tokens": cache_tokens,
     }
     with contextlib.redirect_stdout(io.StringIO()):
-        train.train(flags.build(Config, config))
+        train.train(build(Config, config))
 
     rows = rows[1:]  # the first starts the workers, encodes the captions, loads matplotlib
     for row in rows:

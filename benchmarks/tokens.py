@@ -22,23 +22,23 @@ import numpy as np
 import soundfile as sf
 import torch
 
-import audio
-import musicgen
-from dataset import Track, scan
 from demo.demo import DATASET, TRAIN, run
-from musicgen import MusicGen
-from report import read_rows
-from tokens import Tokens
+from musicgen import codec, load
+from musicgen.load import Model
+from recordings import audio
+from recordings.scan import scan
+from recordings.track import Track
+from training.report import read_rows
 
 EDGES_SEC = (0, 0.1, 0.5, 1, 3)  # distances from the nearer edge of a crop of 6 s
 CPU = torch.device("cpu")
 
 
-def _encode(model: MusicGen, wav: np.ndarray) -> np.ndarray:
-    return musicgen.encode_audio(model, torch.from_numpy(wav)[None])[0].numpy()
+def _encode(model: Model, wav: np.ndarray) -> np.ndarray:
+    return codec.encode_audio(model, torch.from_numpy(wav)[None])[0].numpy()
 
 
-def _read(model: MusicGen, track: Track) -> np.ndarray:
+def _read(model: Model, track: Track) -> np.ndarray:
     return audio.read_crop(track.source, 0, track.frames, model.sample_rate, model.audio_channels)
 
 
@@ -49,7 +49,7 @@ def _row(equal: np.ndarray) -> str:
 
 def codes(crops: int = 5, crop_sec: int = 6) -> None:
     """`crops` out of each of the demo's ten recordings."""
-    model, rng = musicgen.load("demo", CPU), np.random.default_rng(0)
+    model, rng = load.load_model("demo", CPU), np.random.default_rng(0)
     rate = round(model.frame_rate)
     hop, T = model.sample_rate // rate, crop_sec * rate
     edge_sec = (np.minimum(np.arange(T), np.arange(T)[::-1]) + 0.5) / rate
@@ -71,7 +71,7 @@ def codes(crops: int = 5, crop_sec: int = 6) -> None:
 
 def blocks() -> None:
     """The demo's training data in one recording of 105 s."""
-    model = musicgen.load("demo", CPU)
+    model = load.load_model("demo", CPU)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
         tracks = scan(str(DATASET / "train"))
@@ -79,8 +79,8 @@ def blocks() -> None:
         path = Path(folder) / "all.wav"
         sf.write(path, np.concatenate(parts, 1).T, tracks[0].sample_rate)
         (track,) = scan(folder, with_captions=False)
-        tokens = Tokens(model)
-        tokens.prepare(model, [track], 1)
+        tokens = codec.tokens_of(model)
+        codec.fill(model, tokens, [track], 1)
         whole = _encode(model, _read(model, track))
         equal = tokens.crop(track, 0, whole.shape[1]) == whole
     print(f"{track.duration_sec:.0f} s in windows: share of equal codes  {_row(equal)}")

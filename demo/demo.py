@@ -83,7 +83,7 @@ class Changes(NamedTuple):
 def changes(models: Path, before: Path, after: Path) -> Changes:
     """What the run in `models` changed, by its log and by the wav files in two folders."""
     from demo import measure
-    from report import read_rows
+    from training.report import read_rows
 
     losses = [
         row["valid_loss"] for row in read_rows(models / "metrics.jsonl") if "valid_loss" in row

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-import published
 from demo.music import song
+from musicgen import published
 
 WORDS = """a and with in of the bpm slow steady lively fast gentle bright wistful dark happy sad
     calm waltz tune song ballad music piano guitar plucked electric acoustic flute bell bells synth
@@ -50,13 +50,12 @@ def build_musicgen(
     only, see `build_hub_cache`. As published, the LM is stored in float16 and the codec in float32.
     To sample with a card under 250, give audiocraft a lower top_k than its default.
     """
-    import musicgen  # noqa: F401  (stands in for the xformers that audiocraft imports)
 
-    # isort: split
     import torch
-    from audiocraft.models.builders import get_compression_model, get_lm_model
-    from audiocraft.modules.conditioners import T5Conditioner
+    from audiocraft.models.builders import get_compression_model
     from omegaconf import OmegaConf
+
+    from musicgen.lm import build_lm
 
     sizes = {"dim": dim, "num_heads": num_heads, "num_layers": num_layers, "card": card}
     lm_sizes = {
@@ -77,24 +76,15 @@ def build_musicgen(
     lm_cfg = published.family_config(lm_sizes, stereo=stereo, melody=melody)
     codec_cfg: Any = OmegaConf.merge(OmegaConf.create(published.CODEC_CONFIG), codec_sizes)
 
-    # The config says t5-base, but the LM is built with our own: audiocraft takes only what is in
-    # its list and its table of widths, so ours is in them while we build.
-    t5 = str(build_t5(folder / "t5", dim=t5_dim, words=words, seed=seed))
+    t5 = build_t5(folder / "t5", dim=t5_dim, words=words, seed=seed)  # the config says t5-base
     on_cpu = {"device": "cpu", "dtype": "float32"}
-    our_t5 = {"conditioners": {"description": {"t5": {"name": t5}}}}
-    lm_here: Any = OmegaConf.merge(lm_cfg, on_cpu, our_t5)
+    lm_here: Any = OmegaConf.merge(lm_cfg, on_cpu)
     codec_here: Any = OmegaConf.merge(codec_cfg, on_cpu)
-    T5Conditioner.MODELS.append(t5)
-    T5Conditioner.MODELS_DIMS[t5] = t5_dim
-    try:
-        with _quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            lm = get_lm_model(lm_here)
-            codec = get_compression_model(codec_here).eval()
-            _fit_codec(codec, seed)
-    finally:
-        T5Conditioner.MODELS.remove(t5)
-        del T5Conditioner.MODELS_DIMS[t5]
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm = build_lm(lm_here, t5)
+        codec = get_compression_model(codec_here).eval()
+        _fit_codec(codec, seed)
     export(folder / "state_dict.bin", lm.half(), lm_cfg)
     export(folder / "compression_state_dict.bin", codec, codec_cfg)
     return folder

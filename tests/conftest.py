@@ -19,9 +19,8 @@ from huggingface_hub import constants
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
-import musicgen  # noqa: F401  (before anything imports audiocraft)
-from config import Config
 from demo.tiny import build_musicgen
+from flags.run import Config
 
 ROOT = Path(__file__).parent.parent
 
@@ -116,10 +115,11 @@ def tiny_config(model: Path, data: Path, output: Path, **flags: Any) -> Config:
 @pytest.fixture
 def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Train in this process: `fit(model, data, "run", epochs=2)` -> its output folder."""
-    import report
     from train import train
 
-    monkeypatch.setattr(report, "plot", lambda rows: Figure(figsize=(1, 1)))  # saves seconds
+    monkeypatch.setattr(
+        "training.report.plot", lambda rows: Figure(figsize=(1, 1))
+    )  # saves seconds
 
     def run(model: Path, data: Path, name: str = "run", **flags: Any) -> Path:
         AcceleratorState._reset_state(reset_partial_state=True)  # one a process: as in a new one

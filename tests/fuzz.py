@@ -27,11 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import tone
 from test_sources import FORMATS, RATE, write
 
-import dataset
-import prepare
-import token_files
-from dataset import Track
-from flags import UserError
+import commands.check
+from errors import UserError
+from recordings import scan, token_file
+from recordings.track import Track
 
 LIMIT_SEC = 10
 WRONG = ("UNNAMED", "CRASH", "DIED", "HANG")
@@ -80,7 +79,7 @@ def originals(folder: Path) -> dict[str, bytes]:
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     with (folder / "a.safetensors").open("wb") as file:
         codes = np.random.default_rng(0).integers(CARD, size=(4, 50)).astype(np.int16)
-        token_files.write(file, codes, token_files.Facts("codec", "small", 50, RATE, RATE, "[]"))
+        token_file.write(file, codes, token_file.Facts("codec", "small", 50, RATE, RATE, "[]"))
     with tarfile.open(folder / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         for name in ("a.wav", "a.json", "a.ogg", "a.m4a"):
             tar.add(folder / name, f"{'é' * 120}{len(tar.getmembers()) // 2}{name}")
@@ -109,7 +108,7 @@ def look(folder: Path, name: str) -> tuple[str, str]:
     try:
         is_audio = name.split(".")[1] in FORMATS
         from_tags = is_audio and not (folder / "a.txt").exists()
-        tracks, problems = dataset.find(str(folder), from_tags=from_tags)
+        tracks, problems = scan.find(str(folder), from_tags=from_tags)
     except UserError as error:
         tracks, problems = [], [str(error)]
     except Exception:
@@ -127,10 +126,10 @@ def look(folder: Path, name: str) -> tuple[str, str]:
 def decode(track: Track) -> str | None:
     """Why it can't be read, if so."""
     if not track.codec:
-        result = prepare._listen_or_say(track)
+        result = commands.check._listen_or_say(track)
         return result if isinstance(result, str) else None
     try:
-        token_files.read(track.source, 0, track.frames, CARD)
+        token_file.read(track.source, 0, track.frames, CARD)
     except ValueError as error:
         return str(error)
     return None

@@ -24,13 +24,13 @@ import torch
 from conftest import ROOT, Result, run_script, tone, weights, write_pairs
 from huggingface_hub import constants
 
-import checkpoint
-import dataset
 import generate
-import report
 import run
 from dataset import Clips, Pick
-from flags import UserError
+from errors import UserError
+from recordings import scan
+from training import report
+from training.output import RESUME
 
 
 @dataclasses.dataclass
@@ -335,7 +335,7 @@ def test_a_name_that_is_not_utf_8_is_told_to_be_renamed(world):
         name = os.fsdecode(b"caf\xe9." + suffix.encode())  # from an old disk
         (world.data / f"clip1.{suffix}").rename(world.data / name)
     with pytest.raises(UserError, match=r"1 of 2 recordings(?s:.)*caf.*UTF-8.*rename"):
-        dataset.scan(str(world.data))
+        scan.scan(str(world.data))
 
 
 def audio(content: bytes) -> Callable[[World], dict[str, Any]]:
@@ -470,19 +470,19 @@ def test_a_clip_that_goes_bad_during_the_run_is_named_and_the_run_can_go_on(work
 
 
 def test_a_clip_that_goes_bad_before_the_first_step_is_not_answered_with_resume(world, cli):
-    scan = dataset.scan
+    scan_well = scan.scan
 
     def scan_and_spoil(*args, **kwargs):
-        tracks = scan(*args, **kwargs)
+        tracks = scan_well(*args, **kwargs)
         (world.data / "clip1.wav").write_bytes(wav(tone(0, 0.6)))
         return tracks
 
-    world.patch.setattr(dataset, "scan", scan_and_spoil)
+    world.patch.setattr("recordings.scan.scan", scan_and_spoil)
     result = cli(
         run, dataset_path=world.data, output_dir=world.output, model_id=world.model, duration=1
     )
     assert_told(result, ["clip1.wav", "has changed"])
-    assert not (world.output / checkpoint.RESUME).exists()
+    assert not (world.output / RESUME).exists()
     assert "--resume=1" not in result.err, "there is nothing to resume"
 
 
@@ -491,7 +491,9 @@ def test_a_run_that_failed_before_its_first_step_does_not_block_the_next(world, 
     given = {"dataset_path": world.data, "output_dir": world.output, "model_id": world.model}
     given |= {"duration": 1, "max_steps": 1, "device": "cpu", "num_workers": 0}
     with world.patch.context() as patch:
-        patch.setattr("musicgen.encode_audio", raises(torch.OutOfMemoryError("out of memory")))
+        patch.setattr(
+            "musicgen.codec.encode_audio", raises(torch.OutOfMemoryError("out of memory"))
+        )
         assert_told(cli(run, **given, batch_size=64), ["out of memory", "--batch_size"])
     assert (world.output / "notes.txt").read_text() == "of the user's own"
     again = cli(run, **given, batch_size=1)
@@ -551,7 +553,7 @@ def test_damaged_headers_are_refused_or_read_and_nothing_else(tmp_path):
         (tmp_path / "a.wav").write_bytes(damaged(seed))
         start = time.monotonic()
         try:
-            tracks = dataset.scan(str(tmp_path))
+            tracks = scan.scan(str(tmp_path))
         except UserError as error:
             assert "a.wav: " in str(error), seed
             refused.append(seed)
@@ -584,7 +586,7 @@ def _is_refused(content: bytes, folder: Path) -> bool:
     folder.mkdir(exist_ok=True)
     (folder / "a.wav").write_bytes(content)
     try:
-        dataset.scan(str(folder), with_captions=False)
+        scan.scan(str(folder), with_captions=False)
     except UserError:
         return True
     return False
@@ -592,7 +594,7 @@ def _is_refused(content: bytes, folder: Path) -> bool:
 
 BROKEN_OPTIMIZER = """
 import torch
-from config import Config
+from flags.run import Config
 from train import train
 
 def fail(*_, **__):

@@ -13,13 +13,15 @@ import soundfile as sf
 import soxr
 import torch
 
-import musicgen
-import plan
-import sampling
-import session
 from demo import measure
 from demo.build.report import codec_quality, prompts_told_apart
 from demo.demo import GENERATE, PROMPTS, changes
+from musicgen import codec, load, sampling
+from musicgen.loss import TokenLoss, token_counts
+from musicgen.text import TextEncoder
+from musicgen.weights import load_weights
+from training import plan
+from training.session import Session
 
 DEMO = Path(__file__).parent.parent / "demo"
 STYLE, HELD_OUT = DEMO / "dataset" / "train", DEMO / "dataset" / "valid"
@@ -27,8 +29,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def model() -> musicgen.MusicGen:
-    return musicgen.load("demo", CPU)
+def model() -> load.Model:
+    return load.load_model("demo", CPU)
 
 
 def test_all_of_the_demo_is_small():
@@ -109,7 +111,7 @@ def lessons(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exam() -> list[tuple[torch.Tensor, str, str]]:
     """Held-out clips of both kinds: codes [1, K, T], their caption, the other kind's caption."""
-    model = musicgen.load("demo", CPU)
+    model = load.load_model("demo", CPU)
     questions = []
     for path in sorted(HELD_OUT.glob("*.wav")):
         rate = sf.info(path).samplerate
@@ -119,7 +121,7 @@ def exam() -> list[tuple[torch.Tensor, str, str]]:
             frames = int(HELD_OUT_SEC * rate * speed)
             wav = sf.read(path, frames, dtype="float32")[0]
             wav = soxr.resample(wav, rate * speed, model.sample_rate)
-            codes = musicgen.encode_audio(model, torch.from_numpy(wav)[None, None])
+            codes = codec.encode_audio(model, torch.from_numpy(wav)[None, None])
             questions.append((codes, captions[speed - 1], captions[2 - speed]))
     return questions
 
@@ -147,25 +149,25 @@ class Marks(NamedTuple):
 
 
 def examine(output: Path, exam: list[tuple[torch.Tensor, str, str]]) -> Marks:
-    model = musicgen.load("demo", CPU)
+    model = load.load_model("demo", CPU)
 
     @torch.no_grad()
     def loss(*, is_misled: bool = False, until: int | None = None) -> tuple[float, int]:
         """Nats and tokens of the exam, or of its frames `until` a number."""
-        token_loss, text_encoder = musicgen.TokenLoss(model.lm), musicgen.TextEncoder(model.lm)
+        token_loss, text_encoder = TokenLoss(model.lm), TextEncoder(model.lm)
         sums, tokens = 0.0, 0
         for codes, caption, other in exam:
             valid = torch.tensor([until or codes.shape[-1]])
             text, mask = text_encoder([other if is_misled else caption], CPU)
             sums += float(token_loss(codes, valid, text, mask).sum())
-            tokens += int(musicgen.token_counts(model.lm, valid, codes.shape[-1]).sum())
+            tokens += int(token_counts(model.lm, valid, codes.shape[-1]).sum())
         return sums, tokens
 
     def mean(part: tuple[float, int], less: tuple[float, int] = (0.0, 0)) -> float:
         return (part[0] - less[0]) / (part[1] - less[1])
 
     before = mean(loss())
-    musicgen.load_weights(model.lm, str(output / "lm_final.pt"))
+    load_weights(model.lm, str(output / "lm_final.pt"))
     end = round(PIECE_SEC * model.frame_rate)
     early, at_end, late = (loss(until=frame) for frame in (end - 25, end, end + 3))
     surprise = mean(late, at_end) - mean(at_end, early)
@@ -205,7 +207,7 @@ def test_fine_tuning_brings_the_music_itself_closer(fit, model):
     distance, heard = play()
     flags = {"duration": 4.0, "batch_size": 5, "lr": 2e-3, "warmup_steps": 4, "use_cfg": True}
     output = fit("demo", STYLE, max_steps=80, **flags)
-    musicgen.load_weights(model.lm, str(output / "lm_final.pt"))
+    load_weights(model.lm, str(output / "lm_final.pt"))
     new_distance, newly_heard = play()
     assert new_distance < 0.85 * distance  # 4678 and 6807
     assert newly_heard > heard + 1  # 7 and 2, of 8
@@ -214,14 +216,14 @@ def test_fine_tuning_brings_the_music_itself_closer(fit, model):
 def test_a_loss_on_the_first_clip_of_the_batch_only_would_be_noticed(
     fit, lessons, exam, monkeypatch
 ):
-    right = musicgen.TokenLoss.forward
+    right = TokenLoss.forward
 
     def only_first(self, *inputs):
         losses = right(self, *inputs)
         return losses * (torch.arange(len(losses)) == 0)[:, None]
 
     with monkeypatch.context() as patch:
-        patch.setattr(musicgen.TokenLoss, "forward", only_first)
+        patch.setattr(TokenLoss, "forward", only_first)
         output = fit("demo", lessons, **LESSON)
     assert examine(output, exam).fall < LEAST_FALL
 
@@ -233,13 +235,13 @@ def test_shuffled_captions_would_be_noticed(fit, lessons, exam, monkeypatch):
         batch = right(clips)
         return batch._replace(captions=[*batch.captions[1:], batch.captions[0]])
 
-    monkeypatch.setattr(plan, "collate", shuffled)
+    monkeypatch.setattr("training.plan.collate", shuffled)
     assert examine(fit("demo", lessons, **LESSON), exam).trust < LEAST_TRUST
 
 
 def test_padding_that_is_trained_on_would_be_noticed(fit, lessons, exam, monkeypatch):
     monkeypatch.setattr(
-        session.Session,
+        Session,
         "valid_frames",
         lambda run, samples: torch.full_like(samples, run.frames),
     )

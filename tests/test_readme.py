@@ -5,16 +5,11 @@ import re
 import pytest
 from conftest import ROOT
 
-from config import (
-    CheckConfig,
-    CleanConfig,
-    Config,
-    EncodeConfig,
-    Flags,
-    GenerateConfig,
-    MergeConfig,
-    ShardConfig,
-)
+from flags.generate import ExportConfig as MergeConfig
+from flags.generate import GenerateConfig
+from flags.parse import Flags
+from flags.prepare import CheckConfig, CleanConfig, EncodeConfig, ShardConfig
+from flags.run import Config
 
 COMMANDS = [
     Config,

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
+from audiocraft.modules.conditioners import ConditioningAttributes
 from conftest import metrics, weights
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-import musicgen
-import session
-from dataset import Clips, collate, scan
-from musicgen import ConditioningAttributes
-from plan import Plan
+from dataset import Clips, collate
+from musicgen import codec, load
+from musicgen.loss import TokenLoss
+from musicgen.text import TextEncoder
+from recordings.scan import scan
+from training.plan import Plan
 
 CPU = torch.device("cpu")
 SECONDS = (1.0, 0.8, 0.55, 0.9)  # shorter than a crop: the crop is the whole file
@@ -35,13 +37,13 @@ def sgd(config, trained):
 
 def tune_by_audiocraft(model_folder: Path, data: Path, steps: int, lr: float) -> dict:
     """The weights after SGD steps on all files of a folder at once, by audiocraft's own loss."""
-    model = musicgen.load(str(model_folder), CPU)
+    model = load.load_model(str(model_folder), CPU)
     lm, hop = model.lm, round(model.sample_rate / model.frame_rate)
     tracks = scan(str(data))
     conditions = [ConditioningAttributes(text={"description": track.caption}) for track in tracks]
     wavs = [torch.from_numpy(sf.read(track.path, dtype="float32")[0]) for track in tracks]
     padded = torch.stack([F.pad(wav, (0, model.sample_rate - len(wav))) for wav in wavs])
-    codes = musicgen.encode_audio(model, padded[:, None].expand(-1, model.audio_channels, -1))
+    codes = codec.encode_audio(model, padded[:, None].expand(-1, model.audio_channels, -1))
     valid = torch.tensor([len(wav) // hop for wav in wavs])[:, None]
     is_padding = torch.arange(codes.shape[-1]) >= valid  # [B, T]
     codes = codes.masked_fill(is_padding[:, None], lm.special_token_id)  # [B, K, T]
@@ -67,7 +69,7 @@ def tune_by_audiocraft(model_folder: Path, data: Path, steps: int, lr: float) ->
 def test_steps_are_audiocrafts_however_they_are_cut(model_folder, make_pairs, fit, monkeypatch):
     data = make_pairs(seconds=SECONDS)
     expected = tune_by_audiocraft(model_folder, data, steps=3, lr=0.2)
-    monkeypatch.setattr(session, "_make_optimizer", sgd)
+    monkeypatch.setattr("training.start.make_optimizer", sgd)
     flags = {"epochs": 3, "lr": 0.2, "lr_scheduler": "constant", "max_grad_norm": 0}
     for number, cut in enumerate(
         [
@@ -94,8 +96,8 @@ def test_accumulation_equals_the_big_batch_in_adamw_too(model_folder, make_pairs
 
 def test_the_gradient_is_clipped_to_its_limit(mono_folder, make_pairs, fit, monkeypatch):
     data = make_pairs(seconds=SECONDS)
-    monkeypatch.setattr(session, "_make_optimizer", sgd)
-    base = musicgen.load(str(mono_folder), CPU).lm.state_dict()
+    monkeypatch.setattr("training.start.make_optimizer", sgd)
+    base = load.load_model(str(mono_folder), CPU).lm.state_dict()
     for limit in (0.1, 0.01):
         flags = {"epochs": 1, "batch_size": 4, "lr": 1.0, "max_grad_norm": limit}
         tuned = weights(fit(mono_folder, data, f"limit{limit}", **flags))
@@ -197,9 +199,9 @@ def test_checkpoints_are_at_the_steps_asked_for(flags, saved, mono_folder, make_
 def spied_clips(monkeypatch) -> list[str]:
     """Will hold the captions of all clips trained on, in order."""
     seen: list[str] = []
-    call = musicgen.TextEncoder.__call__
+    call = TextEncoder.__call__
     monkeypatch.setattr(
-        musicgen.TextEncoder,
+        TextEncoder,
         "__call__",
         lambda self, captions, device: seen.extend(captions) or call(self, captions, device),
     )
@@ -231,13 +233,13 @@ WATCHED = {"valid_step": 1, "sample_step": 1, "sample_duration": 0.1}
     ],
 )
 def test_dropout_acts_in_training_alone(flags, expected, mono_folder, make_pairs, fit, monkeypatch):
-    forward, modes = musicgen.TokenLoss.forward, []
+    forward, modes = TokenLoss.forward, []
 
     def spied(self, *args):
         modes.append((self.lm.training, torch.is_grad_enabled()))
         return forward(self, *args)
 
-    monkeypatch.setattr(musicgen.TokenLoss, "forward", spied)
+    monkeypatch.setattr(TokenLoss, "forward", spied)
     data = make_pairs(seconds=(0.5,))
     held_out = {"valid_path": str(data)} if "valid_step" in flags else {}
     fit(mono_folder, data, epochs=2, **flags, **held_out)

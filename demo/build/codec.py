@@ -26,10 +26,10 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from scipy.ndimage import uniform_filter1d
 
-import published
 from demo import tiny
 from demo.build.music import WORK
 from demo.build.render import RATE
+from musicgen import published
 
 EXPORTED = WORK / "codec.bin"
 CARD = 512  # codebook size

@@ -13,10 +13,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-import musicgen
 from demo.build.music import WORK
 from demo.build.render import INSTRUMENTS, STYLE
 from demo.measure import JUDGE, RATE, features
+from musicgen import load
 
 NAMES = [instrument.name for instrument in (*INSTRUMENTS, STYLE)]
 CLIPS = 40  # of each instrument
@@ -24,7 +24,7 @@ CLIP_SEC = 8
 
 
 def main() -> None:
-    model = musicgen.load("demo", torch.device("cpu"))
+    model = load.load_model("demo", torch.device("cpu"))
     styles = sorted((WORK / "style").glob("*.txt"))
     held_out = _clips([*sorted((WORK / "pretrain_valid").glob("*.txt")), *styles[CLIPS:]], 10)
     wavs, labels = _clips(sorted((WORK / "pretrain").glob("*.txt")), CLIPS)
@@ -60,7 +60,7 @@ def _clips(captions: list[Path], count: int) -> tuple[list[np.ndarray], list[str
 
 @torch.no_grad()
 def _rows(
-    model: musicgen.MusicGen, wavs: list[np.ndarray], labels: list[str]
+    model: load.Model, wavs: list[np.ndarray], labels: list[str]
 ) -> tuple[np.ndarray, list[str]]:
     """Features of every clip and of its copy out of the codec, with their labels."""
     rows, row_labels = [], []

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-import musicgen  # noqa: F401  (stands in for the xformers that audiocraft imports)
 from demo import tiny
 from demo.build import codec
 from demo.build.music import WORK

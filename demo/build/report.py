@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 
-import musicgen
-import sampling
 from demo import measure
 from demo.build.music import WORK
 from demo.build.render import INSTRUMENTS
 from demo.demo import GENERATE
+from musicgen import codec, load, sampling
+from musicgen.loss import TokenLoss, token_counts
+from musicgen.text import TextEncoder
 
 CLIP_SEC = 10
 
 
 def main() -> None:
-    model = musicgen.load("demo", torch.device("cpu"))
+    model = load.load_model("demo", torch.device("cpu"))
     held_out = sorted((WORK / "pretrain_valid").glob("*.wav"))[::2]
     others = sorted((WORK / "pretrain").glob("*.wav"))[::8]
     report = {
@@ -36,7 +37,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def codec_quality(model: musicgen.MusicGen, paths: list[Path]) -> dict[str, Any]:
+def codec_quality(model: load.Model, paths: list[Path]) -> dict[str, Any]:
     """Means over clips, the share of entries in use by codebook, and of notes that survive."""
     codec = model.compression_model
     used: list[set[int]] = [set() for _ in range(codec.num_codebooks)]
@@ -59,9 +60,7 @@ def codec_quality(model: musicgen.MusicGen, paths: list[Path]) -> dict[str, Any]
 
 
 @torch.no_grad()
-def cross_entropies(
-    model: musicgen.MusicGen, paths: list[Path], others: list[Path]
-) -> dict[str, Any]:
+def cross_entropies(model: load.Model, paths: list[Path], others: list[Path]) -> dict[str, Any]:
     """Nats a token by codebook: the model's, of the codes' frequencies in `others`, of chance."""
     lm, card = model.lm.eval(), model.lm.card
     counts = np.ones((lm.num_codebooks, card))
@@ -69,7 +68,7 @@ def cross_entropies(
         for book, codes in zip(counts, _codes(model, path)[0], strict=True):
             book += np.bincount(codes.numpy(), minlength=card)
     frequencies = np.log(counts / counts.sum(axis=1, keepdims=True))
-    loss, text_encoder = musicgen.TokenLoss(lm), musicgen.TextEncoder(lm)
+    loss, text_encoder = TokenLoss(lm), TextEncoder(lm)
     sums, tokens = torch.zeros(2, lm.num_codebooks)
     unigram = np.zeros(lm.num_codebooks)
     for path in paths:
@@ -81,7 +80,7 @@ def cross_entropies(
         sums += loss(codes, valid, text, mask)[0]
         for k, entries in enumerate(codes[0]):
             unigram[k] -= frequencies[k][entries.numpy()].sum()
-        tokens += musicgen.token_counts(lm, valid, codes.shape[-1])
+        tokens += token_counts(lm, valid, codes.shape[-1])
     frames = len(paths) * CLIP_SEC * model.frame_rate
     return {
         "model": [round(value, 3) for value in (sums / tokens).tolist()],
@@ -90,9 +89,7 @@ def cross_entropies(
     }
 
 
-def prompts_told_apart(
-    model: musicgen.MusicGen, takes: int = 4, take_sec: float = 6.0
-) -> dict[str, Any]:
+def prompts_told_apart(model: load.Model, takes: int = 4, take_sec: float = 6.0) -> dict[str, Any]:
     """How often the judge hears the instrument that the prompt named, among all it knows."""
     judge, right = measure.Judge(), {}
     for instrument in INSTRUMENTS:
@@ -116,8 +113,8 @@ def _read(path: Path) -> measure.Audio:
     return measure.read(path)[: CLIP_SEC * measure.RATE]
 
 
-def _codes(model: musicgen.MusicGen, path: Path) -> torch.Tensor:  # [1, K, T]
-    return musicgen.encode_audio(model, torch.from_numpy(_read(path))[None, None])
+def _codes(model: load.Model, path: Path) -> torch.Tensor:  # [1, K, T]
+    return codec.encode_audio(model, torch.from_numpy(_read(path))[None, None])
 
 
 if __name__ == "__main__":

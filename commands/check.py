@@ -1,0 +1,307 @@
+"""Look at a dataset before it is trained on: what training would see, and what is wrong with it."""
+
+import hashlib
+import math
+import os
+import re
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from huggingface_hub import try_to_load_from_cache
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from tqdm import tqdm
+
+import files
+from errors import UserError, first_lines
+from flags.prepare import CheckConfig
+from recordings import audio, captions, scan, shards
+from recordings.captions import MAX_TOKENS
+from recordings.track import Track
+from training.report import format_seconds
+
+BLOCK_SEC = 30
+SILENT_DB, CLIPPED = -60.0, 0.999  # of full scale; the peak of a block is silent or clips
+QUIET_DB = -40.0
+NOT_READ = re.compile(
+    r"\.(aac|ac3|amr|ape|au|caf|dsf|m4b|mid|mka|mkv|mov|mp2|mp4|oga|tta|w64|webm|wma|wv)$", re.I
+)
+MAKER = {"Software": "MusicGen Trainer"}  # in the picture, to know it again
+
+
+class Sound(NamedTuple):
+    """What a recording sounds like: levels in dB of full scale, shares of its seconds."""
+
+    level_db: float  # RMS
+    clipped: float
+    silent: float
+    digest: str  # of the decoded samples: the same in two files is the same recording
+
+
+def check(config: CheckConfig) -> bool:
+    """Print what training would see; whether it would start.
+
+    Errors: UserError if there is nothing to look at, or --fix can't be written.
+    """
+    root = Path(config.folder)
+    target = Path(config.fix) if config.fix else None
+    if target and (
+        target.resolve() == root.resolve() or root.resolve() in target.resolve().parents
+    ):
+        raise UserError(f"--fix={target}: is in the folder that is looked at; name one outside")
+    if target:
+        files.check_writable(target, "--fix")
+        if any(target.iterdir()):
+            raise UserError(f"--fix={target}: holds files already; name a new folder")
+    _check_picture(Path(config.picture))
+
+    tracks, problems = scan.find(
+        config.folder,
+        with_captions=not config.no_label,
+        caption=config.caption,
+        from_tags=config.caption_from == "tags",
+    )
+    sounds: dict[str, Sound] = {}
+    encoded = [track for track in tracks if track.codec]
+    tracks = [track for track in tracks if not track.codec]
+    for track, result in zip(tracks, _listen_to_all(tracks), strict=True):
+        if isinstance(result, str):
+            problems.append(f"{track.name}: {result}")
+        else:
+            sounds[track.name] = result
+    tracks = [track for track in tracks if track.name in sounds]
+
+    copies = _copies(tracks, sounds)
+    silent = [track.name for track in tracks if sounds[track.name].silent == 1]
+    tracks = tracks + encoded
+    unit, lengths = _caption_lengths([track.caption for track in tracks])
+    print("\n".join(_facts(config, tracks, unit, lengths)))
+    if encoded:
+        print(f"tokens     {len(encoded)} of them are files of tokens, which were not listened to")
+    left_out_by_fix = {
+        "can't be trained on": problems,
+        "are silent from start to end": silent,
+        "are the same recording as another": [f"{b}: as {a}" for b, a in copies.items()],
+    }
+    warnings = {
+        "are in formats that aren't read; convert them, to flac perhaps": _not_read(root),
+        "clip (distort at full scale) in more than a tenth of their length": [
+            f"{name}: {sound.clipped:.0%}" for name, sound in sounds.items() if sound.clipped > 0.1
+        ],
+        f"are quieter than {QUIET_DB:g} dB": [
+            f"{name}: {sound.level_db:.0f} dB"
+            for name, sound in sounds.items()
+            if sound.level_db < QUIET_DB and sound.silent < 1
+        ],
+        "are silent for more than a third of their length": [
+            f"{name}: {sound.silent:.0%}"
+            for name, sound in sounds.items()
+            if 1 / 3 < sound.silent < 1
+        ],
+        "have the caption of another recording": [] if config.caption else _shared_captions(tracks),
+        f"have captions of more than {MAX_TOKENS} {unit}, of which training takes the first "
+        f"{MAX_TOKENS} tokens": [
+            f"{track.name}: {length}"
+            for track, length in zip(tracks, lengths, strict=True)
+            if length > MAX_TOKENS
+        ],
+    }
+    for what, names in (left_out_by_fix | warnings).items():
+        if names:
+            limit = len(names) if what in left_out_by_fix else 20
+            print(f"\n{len(names)} {what}:\n{first_lines(names, limit)}")
+    if tracks:
+        draw(tracks, list(sounds.values()), unit, lengths, Path(config.picture))
+        print(f"\npicture    {config.picture}")
+    usable = [track for track in tracks if track.name not in {*silent, *copies}]
+    if target:
+        _copy(usable, target, shards.is_shards(config.folder))
+        print(f"fixed      {len(usable)} recordings copied to {target}")
+    is_good = bool(tracks) and not problems
+    print(
+        "\nTraining would start."
+        if is_good
+        else "\nTraining would not start: mend these files, or move them out"
+        + ("." if target else ", or let --fix=NEW_FOLDER copy what is usable.")
+    )
+    return is_good
+
+
+def _listen_to_all(tracks: list[Track]) -> Iterator[Sound | str]:
+    """What each sounds like, or why it can't be read. Errors: UserError."""
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        results = pool.map(_listen_or_say, tracks)
+        for track in tqdm(tracks, unit="file", desc="listening"):
+            try:
+                yield next(results)
+            except BrokenProcessPool:
+                raise UserError(
+                    f"{track.place}: it, or a file soon after it, made the process end that "
+                    "listened to it (memory full, or a fault of its decoder): move it out"
+                ) from None
+
+
+def _listen_or_say(track: Track) -> Sound | str:
+    """What a recording sounds like, or why it can't be read (an exception loses its text)."""
+    try:
+        return listen(track)
+    except ValueError as error:
+        return str(error)
+
+
+def listen(track: Track) -> Sound:
+    """Decode a whole recording, in blocks. Errors: ValueError why it can't be read."""
+    digest = hashlib.blake2b(digest_size=16)
+    energy, samples, clipped, silent, seconds = 0.0, 0, 0, 0, 0
+    for block in _blocks(track):  # [C, samples]
+        digest.update(block.tobytes())
+        energy += float(np.square(block, dtype=np.float64).sum())
+        samples += block.size
+        for second in np.array_split(block, max(1, block.shape[1] // track.sample_rate), axis=1):
+            peak = float(np.abs(second).max())
+            clipped += bool((np.abs(second) >= CLIPPED).sum() > 2)
+            silent += _db(peak) < SILENT_DB
+            seconds += 1
+    level = _db(math.sqrt(energy / samples))
+    return Sound(level, clipped / seconds, silent / seconds, digest.hexdigest())
+
+
+def _blocks(track: Track) -> Iterator[np.ndarray]:
+    for start in range(0, track.frames, BLOCK_SEC * track.sample_rate):
+        frames = min(BLOCK_SEC * track.sample_rate, track.frames - start)
+        yield audio.read_crop(track.source, start, frames, track.sample_rate, channels=2)
+
+
+def _db(amplitude: float) -> float:
+    return 20 * math.log10(max(amplitude, 1e-10))
+
+
+def _not_read(root: Path) -> list[str]:
+    """Recordings below a folder that dataset.py passes over."""
+    return sorted(
+        path.relative_to(root).as_posix() for path in root.rglob("*") if NOT_READ.search(path.name)
+    )
+
+
+def _copies(tracks: list[Track], sounds: dict[str, Sound]) -> dict[str, str]:
+    """Recordings that sound exactly like one before them, and that one."""
+    first: dict[str, str] = {}
+    copies = {}
+    for track in tracks:
+        original = first.setdefault(sounds[track.name].digest, track.name)
+        if original != track.name:
+            copies[track.name] = original
+    return copies
+
+
+def _shared_captions(tracks: list[Track]) -> list[str]:
+    names = defaultdict(list)
+    for track in tracks:
+        names[track.caption].append(track.name)
+    shared = {caption: who for caption, who in names.items() if caption and len(who) > 1}
+    return [f"{name}: {caption}" for caption, who in shared.items() for name in who[1:]]
+
+
+def _caption_lengths(captions: list[str]) -> tuple[str, list[int]]:
+    """What captions are measured in, and how long each is.
+
+    Every MusicGen reads T5's tokens, but only who has trained one has the tokenizer at hand. A word
+    is at least a token, so that a caption which is too long in words is so in tokens too.
+    """
+    files = ("tokenizer.json", "spiece.model")  # without either, transformers makes up a tokenizer
+    if not any(isinstance(try_to_load_from_cache("t5-base", file), str) for file in files):
+        return "words (T5's tokens once a model is downloaded)", [len(c.split()) for c in captions]
+    from transformers import T5Tokenizer
+
+    tokenizer = T5Tokenizer.from_pretrained("t5-base", local_files_only=True)
+    return "tokens", [len(tokenizer(c, verbose=False)["input_ids"]) for c in captions]
+
+
+def _facts(config: CheckConfig, tracks: list[Track], unit: str, lengths: list[int]) -> list[str]:
+    if not tracks:
+        return ["data       nothing that can be trained on"]
+    seconds = [track.duration_sec for track in tracks]
+    total, middle = format_seconds(sum(seconds)), format_seconds(float(np.median(seconds)))
+    short = sum(length < config.duration for length in seconds)
+    steps = -(-len(tracks) // (config.batch_size * config.grad_acc))
+    return [
+        f"data       {len(tracks)} recordings, {total} in all",
+        f"length     {format_seconds(min(seconds))} to {format_seconds(max(seconds))}, median "
+        f"{middle}; {short} shorter than {config.duration:g} s, which are padded",
+        f"rate       {_counted(f'{track.sample_rate} Hz' for track in tracks)}",
+        "captions   none, as no_label=1"
+        if config.no_label
+        else f"captions   {min(lengths)} to {max(lengths)} {unit}, median {np.median(lengths):g}; "
+        f"{len({track.caption for track in tracks})} different ones",
+        f"steps      {steps} an epoch at --batch_size={config.batch_size} "
+        f"--grad_acc={config.grad_acc}",
+    ]
+
+
+def _counted(values: Iterable[str]) -> str:
+    return ", ".join(f"{value} ({count})" for value, count in Counter(values).most_common())
+
+
+def draw(
+    tracks: list[Track], sounds: list[Sound], unit: str, lengths: list[int], path: Path
+) -> None:
+    """Histograms of lengths, levels and captions' lengths, as a png."""
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    left.hist([track.duration_sec for track in tracks], bins=30)
+    left.set_xlabel("length (s)")
+    levels = [max(sound.level_db, -80) for sound in sounds]
+    middle.hist(levels, bins=list(range(-80, 1, 2)), color="tab:green")
+    middle.set_xlabel("level (dB of full scale, RMS)")
+    right.hist(lengths, bins=30, color="tab:orange")
+    right.set_xlabel(f"{unit.split()[0]} in the caption")
+    for axes in (left, middle, right):
+        axes.set_ylabel("recordings")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    files.write(path, lambda file: figure.savefig(file, format="png", metadata=MAKER))
+
+
+def _check_picture(path: Path) -> None:
+    """Errors: UserError if another file than a picture of ours has that name."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.exists():
+        return files.check_writable(path.resolve().parent, "--picture")
+    try:
+        with Image.open(path) as picture:
+            ours = picture.info.get("Software") == MAKER["Software"]
+    except (OSError, UnidentifiedImageError):
+        ours = False
+    if not ours:
+        raise UserError(f"--picture={path}: another file has this name; give another")
+    return None
+
+
+def _copy(tracks: list[Track], target: Path, are_shards: bool) -> None:
+    """Recordings and their captions, in folders as they were, or in a folder for each shard.
+
+    Errors: UserError.
+    """
+    numbers: dict[Path, int] = {}  # of shards named by paths or URLs, which could lead anywhere
+    for track in tracks:
+        to = target / track.name
+        if track.member and are_shards:
+            number = numbers.setdefault(track.path, len(numbers))
+            to = target / f"shard_{number:06d}" / track.member.name
+        try:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            with track.member.open() if track.member else track.path.open("rb") as source:
+                files.write(to, partial(shutil.copyfileobj, source))
+            if track.written:
+                for suffix, content in captions.files(track.source, track.written).items():
+                    files.write_bytes(to.with_suffix(suffix), content)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{track.place}: can't be copied to {to} ({error})") from None

@@ -1,0 +1,325 @@
+"""Recordings made fit for training, in a new folder: `python prepare.py clean my_music new`.
+
+Without vocals, cut at silences, equally loud, as asked. A recording is first laid out, decoded, in
+a temporary file, so that hours of it need the memory of one block. The results are flac of 24 bit:
+exact for recordings of 16 and 24 bit, and no larger than 16 bit flac for those of 16.
+
+Letters: C channels.
+"""
+
+import math
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyloudnorm
+import soundfile as sf
+import soxr
+import torch
+from tqdm import tqdm
+
+import files
+from errors import UserError, first_lines
+from flags.prepare import CleanConfig
+from recordings import audio, captions, scan
+from recordings.track import Track
+from training.report import format_seconds
+
+BLOCK_SEC = 60
+STRIDES = 40  # of demucs at a time: of its segments of 7.8 s each begins 3/4 after the one before
+SILENCE_SEC, MARGIN_SEC = 1.0, 0.5  # a silence, and what stays of it at either side, for decays
+PEAK = 10 ** (-1 / 20)  # -1 dBFS
+FLAC_CHANNELS, FLAC_RATE_HZ = 8, 655_350
+RECORD = ".clean.json"  # in the new folder: the flags that it was made with, and what is done
+
+
+def clean(config: CleanConfig) -> bool:
+    """Clean the recordings of a folder; whether all could be.
+
+    Errors: UserError if there are none, or the new folder can't be written.
+    """
+    out = Path(config.out)
+    record = _start(config, out)
+    done = record["done"]  # name -> facts
+    from_tags = config.caption_from == "tags"
+    tracks, problems = scan.find(
+        config.folder, with_captions=not config.no_label, from_tags=from_tags
+    )
+    read: Callable[[Track], Iterator[np.ndarray]] = _blocks
+    if config.remove_vocals:
+        read = partial(_without_vocals, _demucs(config.device))
+    notes: list[str] = []
+    earlier = len(done)
+    if record["begun"]:
+        _remove_files(out / record["begun"], config)
+    cleaned = {_stem(name): name for name in done}
+    for track in tqdm(tracks, unit="file", desc="cleaning"):
+        try:
+            facts = _facts(track)
+        except OSError as error:
+            problems.append(f"{track.name}: {error}")
+            continue
+        if name := cleaned.get(_stem(track.name)):
+            if name != track.name or any(done[name][fact] != facts[fact] for fact in facts):
+                problems.append(
+                    f"{track.name}: has changed since an earlier run cleaned it; name a new folder"
+                )
+            continue
+        record["begun"] = track.name
+        files.write_json(out / RECORD, record)
+        try:
+            count, frames, said = _clean(track, out, config, read)
+        except ValueError as error:
+            problems.append(f"{track.name}: {error}")
+            continue
+        except OSError as error:  # of the temporary file
+            raise UserError(f"--out={out}: can't be written to ({error.strerror})") from None
+        notes += said
+        done[track.name] = {**facts, "files": count, "frames_out": frames}
+    record["begun"] = None
+    files.write_json(out / RECORD, record)
+
+    results = list(done.values())
+    before, after = (
+        format_seconds(sum(result[frames] / result["rate"] for result in results))
+        for frames in ("frames", "frames_out")
+    )
+    print(f"in         {len(results)} recordings, {before} in all")
+    print(f"out        {sum(result['files'] for result in results)} files, {after}, in {out}")
+    print(f"done       {', '.join(_asked(config))}")
+    if earlier:
+        print(f"           {earlier} of the recordings by an earlier run")
+    names = {track.name for track in tracks}
+    gone = [name for name in done if name not in names]
+    what_else = {
+        "to know": notes,
+        f"of an earlier run are not in {config.folder} any more, but still in {out}": gone,
+        "can't be used": problems,
+    }
+    for what, lines in what_else.items():
+        if lines:
+            print(f"\n{len(lines)} {what}:\n{first_lines(lines)}")
+    return not problems
+
+
+def _start(config: CleanConfig, out: Path) -> dict[str, Any]:
+    """The record of a new folder, or of one that a run with the same flags was stopped in."""
+    root = Path(config.folder).resolve()
+    if root in (out.resolve(), *out.resolve().parents):
+        raise UserError(f"--out={out}: is in the folder that is cleaned; name one outside")
+    files.check_writable(out, "--out")
+    flags = {"folder": str(root), **config.model_dump(exclude={"folder", "out", "device"})}
+    record = files.read_json(out / RECORD)
+    half_written = files.temporaries(out, ("flac", "txt", "json"))
+    if set(out.iterdir()) <= set(half_written):
+        record = {"flags": flags, "done": {}, "begun": None}
+        files.write_json(out / RECORD, record)
+    elif not record or record["flags"] != flags:
+        raise UserError(
+            f"--out={out}: holds files already, which are not of a run with these flags; name a "
+            "new folder"
+        )
+    for path in half_written:
+        path.unlink()
+    return record
+
+
+def _stem(name: str) -> str:
+    return name[: name.rindex(".")]
+
+
+def _facts(track: Track) -> dict[str, Any]:
+    """What is another when a recording or its caption has changed."""
+    return {
+        "rate": track.sample_rate,
+        "frames": track.frames,
+        "stamp": track.stamp(),
+        "caption": [track.written.description, *track.written.fields] if track.written else None,
+    }
+
+
+def _remove_files(target: Path, config: CleanConfig) -> None:
+    """What a killed run has made of a recording; there may be fewer pieces now."""
+    number = r"_\d{3,}" if config.split_silences else ""
+    made = re.compile(rf"{re.escape(target.stem)}{number}\.(flac|txt|json)")
+    for path in list(target.parent.glob("*")):
+        if made.fullmatch(path.name):
+            path.unlink()
+
+
+def _asked(config: CleanConfig) -> Iterator[str]:
+    if config.remove_vocals:
+        yield "vocals removed"
+    if config.split_silences:
+        yield f"cut at silences below {config.silence_db:g} dB"
+    if config.loudness is not None:
+        yield f"brought to {config.loudness:g} LUFS"
+
+
+def _clean(
+    track: Track, out: Path, config: CleanConfig, read: Callable[[Track], Iterator[np.ndarray]]
+) -> tuple[int, int, list[str]]:
+    """(files, their frames, what there is to know of them).
+
+    Errors: ValueError why the recording can't be used; OSError, UserError if the disk is full.
+    """
+    rate, channels = track.sample_rate, 0
+    beside = captions.files(track.source, track.written) if track.written else {}
+    with tempfile.TemporaryFile(dir=out) as file:
+        for block in read(track):
+            file.write(block.tobytes())
+            channels = block.shape[1]
+        file.flush()
+        wav = np.memmap(file, np.float32, "r").reshape(-1, channels)
+        pieces = _pieces(wav, rate, config) if config.split_silences else [(0, len(wav))]
+        if not pieces:
+            raise ValueError("silent from start to end")
+        notes = []
+        target = out / track.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for number, (start, stop) in enumerate(pieces, start=1):
+            end = f"_{number:03d}.flac" if config.split_silences else ".flac"
+            path = target.with_name(target.stem + end)
+            piece = wav[start:stop]
+            gain, note = _gain(piece, rate, config.loudness)
+            if note:
+                notes.append(f"{path.relative_to(out).as_posix()}: {note}")
+            for suffix, content in beside.items():
+                files.write_bytes(path.with_suffix(suffix), content)
+            files.write(path, partial(_write, wav=piece, rate=rate, gain=gain))
+    return len(pieces), sum(stop - start for start, stop in pieces), notes
+
+
+def _blocks(track: Track) -> Iterator[np.ndarray]:  # [frames, C]
+    """A recording as it is."""
+    rate, channels = track.sample_rate, _channels(track)
+    for start in range(0, track.frames, BLOCK_SEC * rate):
+        frames = min(BLOCK_SEC * rate, track.frames - start)
+        yield audio.read_crop(track.source, start, frames, rate, channels).T
+
+
+def _channels(track: Track) -> int:
+    _, channels, _ = audio.header(track.source)
+    if channels > FLAC_CHANNELS or track.sample_rate > FLAC_RATE_HZ:
+        raise ValueError(f"no flac can hold {channels} channels at {track.sample_rate} Hz")
+    return channels
+
+
+def _demucs(device: str) -> Any:
+    from musicgen.device import choose_device  # not for the other flags: audiocraft takes seconds
+    from musicgen.melody import load_demucs
+
+    return load_demucs(choose_device(device), "leave out --remove_vocals")
+
+
+def _without_vocals(demucs: Any, track: Track) -> Iterator[np.ndarray]:  # [frames, C]
+    """The sum of the other stems, in blocks.
+
+    Each block begins at one of demucs' own segments, and what overlaps with it is heard too: the
+    result is that of the whole recording.
+    """
+    from demucs.apply import apply_model
+
+    rate, channels = track.sample_rate, _channels(track)
+    if channels > demucs.audio_channels:
+        raise ValueError(f"has {channels} channels: demucs takes mono and stereo")
+    stems = [i for i, name in enumerate(demucs.sources) if name != "vocals"]
+    device = next(demucs.parameters()).device
+    segment = round(demucs.max_allowed_segment * rate)
+    block = round(0.75 * demucs.max_allowed_segment * STRIDES * rate)
+    for start in range(0, track.frames, block):
+        first = max(0, start - block * 2 // STRIDES)  # 2: a whole number of frames at most rates
+        last = min(track.frames, start + block + segment)
+        wav = audio.read_crop(
+            track.source, first, last - first, demucs.samplerate, demucs.audio_channels
+        )
+        # [1, stems, C, samples] -> [samples, C]
+        heard = apply_model(
+            demucs, torch.from_numpy(wav)[None], shifts=0, overlap=0.25, device=device
+        )
+        mix = heard[0, stems].sum(0).numpy().T
+        if channels == 1:
+            mix = mix.mean(axis=1, keepdims=True)
+        if rate != demucs.samplerate:
+            mix = soxr.resample(mix, demucs.samplerate, rate)
+        mix = np.pad(mix, ((0, max(0, last - first - len(mix))), (0, 0)))  # it may round down
+        yield mix[start - first : min(last, start + block) - first]
+
+
+def _pieces(wav: np.ndarray, rate: int, config: CleanConfig) -> list[tuple[int, int]]:
+    """(start, stop) in frames of what is between silences; short pieces joined."""
+    hop = rate // 20  # 50 ms
+    levels = []  # mean square of each hop, in the loudest channel
+    for start in range(0, len(wav), BLOCK_SEC * 20 * hop):
+        power = np.square(wav[start : start + BLOCK_SEC * 20 * hop], dtype=np.float64)
+        levels.append(np.add.reduceat(power, np.arange(0, len(power), hop)).max(axis=1) / hop)
+    heard = np.flatnonzero(np.concatenate(levels) >= 10 ** (config.silence_db / 10))
+    if not len(heard):
+        return []
+    cuts = np.flatnonzero((np.diff(heard) - 1) * hop >= SILENCE_SEC * rate)
+    margin, short = int(MARGIN_SEC * rate), config.piece_sec * rate
+    firsts, lasts = heard[[0, *(cuts + 1)]].tolist(), heard[[*cuts, -1]].tolist()
+    pieces: list[tuple[int, int]] = []
+    for first, last in zip(firsts, lasts, strict=True):
+        start, stop = max(0, first * hop - margin), min(len(wav), (last + 1) * hop + margin)
+        if pieces and pieces[-1][1] - pieces[-1][0] < short and start - pieces[-1][1] < short:
+            start = pieces.pop()[0]
+        pieces.append((start, stop))
+    return pieces
+
+
+def _gain(wav: np.ndarray, rate: int, loudness: float | None) -> tuple[float, str]:
+    """(factor, what there is to know of it). Errors: ValueError if there are too many channels."""
+    gain, ceiling, note = 1.0, 1.0, ""
+    if loudness is not None:
+        measured, ceiling = _loudness(wav, rate), PEAK
+        if math.isinf(measured):
+            return gain, "too quiet to be measured, left as it is"
+        gain = 10 ** ((loudness - measured) / 20)
+    size = BLOCK_SEC * rate
+    peak = max(float(np.abs(wav[i : i + size]).max()) for i in range(0, len(wav), size))
+    if gain * peak > ceiling:
+        less = 20 * math.log10(gain * peak / ceiling)
+        gain, note = ceiling / peak, f"{less:.1f} dB quieter than asked: its peak would clip"
+    return gain, note
+
+
+def _loudness(wav: np.ndarray, rate: int) -> float:
+    """Integrated loudness in LUFS (ITU-R BS.1770-4), -inf under its absolute gate.
+
+    pyloudnorm measures blocks, which begin 1 s early for its filters to settle; gated all together.
+    """
+    meter, levels = pyloudnorm.Meter(rate), []
+    for start in range(0, len(wav), BLOCK_SEC * rate):
+        early = min(start, rate)
+        block = wav[start - early : start + BLOCK_SEC * rate + 3 * rate // 10].astype(np.float64)
+        if block.shape[1] == 6:  # 5.1
+            block = np.delete(block, 3, axis=1)  # its low frequency channel doesn't count
+        meter.integrated_loudness(block)
+        levels += meter.blockwise_loudness[10 * early // rate :]  # one each 100 ms
+    power = 10 ** (np.array(levels) / 10)
+    power = power[power >= 10**-7]  # -70 LUFS
+    power = power[power > power.mean() / 10] if len(power) else power
+    return 10 * math.log10(power.mean()) if len(power) else -math.inf
+
+
+def _write(file: BinaryIO, *, wav: np.ndarray, rate: int, gain: float) -> None:
+    """Errors: OSError. libsndfile itself says nothing if the disk is full when it closes a file."""
+    try:
+        kind = {"subtype": "PCM_24", "format": "FLAC"}
+        with sf.SoundFile(file.name, "w", rate, wav.shape[1], **kind) as flac:
+            for start in range(0, len(wav), BLOCK_SEC * rate):
+                # As integers: libsndfile's own way from float is not exact.
+                pcm = np.rint(wav[start : start + BLOCK_SEC * rate] * np.float32(gain * 2**23))
+                flac.write(np.clip(pcm, -(2**23), 2**23 - 1).astype(np.int32) << 8)
+        with sf.SoundFile(file.name) as flac:
+            is_whole = flac.frames == len(wav) and flac.seek(-1, sf.SEEK_END) == len(wav) - 1
+            is_whole = is_whole and len(flac.read(1)) == 1
+    except sf.SoundFileError:
+        is_whole = False
+    if not is_whole:
+        raise OSError("is the disk full?")

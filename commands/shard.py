@@ -1,0 +1,146 @@
+"""A dataset -> WebDataset shards of it: `python prepare.py shard my_music my_shards`.
+
+Plain tars of the recordings, or of files of tokens, and of their captions. In the order of the
+folder: training reads anywhere in them, and sees what it would see there. What reads them in turn
+shuffles by itself.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+import files
+from errors import UserError
+from flags.prepare import ShardConfig
+from recordings import captions, scan, shards
+from recordings.audio import Source
+from recordings.track import Track
+
+RECORD = ".shards.json"  # in the new folder: a digest of what goes into them, and their name
+MB = 10**6
+
+
+def shard(config: ShardConfig) -> bool:
+    """Write the shards that are not there yet; True.
+
+    Errors: UserError that names what can't be used, or a file in the way.
+    """
+    out = Path(config.out)
+    files.check_outside(out, config.folder)
+    tracks = scan.scan(
+        config.folder,
+        with_captions=not config.no_label,
+        caption=config.caption,
+        from_tags=config.caption_from == "tags",
+    )
+    plan = _plan(tracks, config.shard_mb * MB)
+    name = _start(out, plan)
+    made = {out / f"{name}-{i:06d}.tar": part for i, part in enumerate(plan)}
+    new = {path: part for path, part in made.items() if not _is_whole(path, part)}
+    for path, part in tqdm(new.items(), unit="shard", desc="writing"):
+        files.write(path, partial(_write, part=part))
+    print(f"recordings {len(tracks)}, in {len(plan)} shards of up to {config.shard_mb} MB")
+    print(f"shards     {len(new)} written now, {len(plan) - len(new)} were there, in {out}")
+    return True
+
+
+Part = dict[str, tuple[Track, dict[str, bytes]]]  # of a shard: key -> recording, captions
+
+
+def _plan(tracks: list[Track], size: int) -> list[Part]:
+    """What goes into each shard of up to `size` bytes, or of one recording. Errors: UserError."""
+    plan, first, room = list[Part](), dict[str, Track](), 0
+    for track in tracks:
+        key = _key(track)
+        other = first.setdefault(key, track)
+        if other is not track:
+            raise UserError(
+                f"{other.place} and {track.place}: would both be {key} in the shards, as a name "
+                "ends at its first dot: rename one"
+            )
+        try:
+            beside = captions.files(track.source, track.written) if track.written else {}
+        except (ValueError, OSError) as error:
+            raise UserError(f"{track.place}: {error}") from None
+        sizes = [_size(track), *map(len, beside.values())]
+        needs = sum(512 + length + -length % 512 for length in sizes)
+        if needs > room or not plan:
+            plan.append({})
+            room = size
+        plan[-1][key] = track, beside
+        room -= needs
+    return plan
+
+
+def _key(track: Track) -> str:
+    """A recording's name in a shard, without suffix; without what dataset.py takes from no tar."""
+    path = PurePosixPath(track.key)
+    name = path.with_name(path.stem.replace(".", "_")).as_posix()
+    return "".join("_" if c in "\\:" or shards.is_control(c) else c for c in name)
+
+
+def _size(track: Track) -> int:
+    return track.member.size if track.member else track.path.stat().st_size
+
+
+def _start(out: Path, plan: list[Part]) -> str:
+    """What the shards are called in a new folder, or in one that was begun for the same plan.
+
+    Errors: UserError.
+    """
+    files.check_writable(out, "--out")
+    digest = hashlib.sha256()
+    for part in plan:
+        facts = [
+            (key, track.source.suffix, track.stamp(), {k: v.hex() for k, v in beside.items()})
+            for key, (track, beside) in part.items()
+        ]
+        digest.update(json.dumps(facts).encode())
+    record = files.read_json(out / RECORD)
+    half_written = files.temporaries(out, ("tar", "json"))
+    if set(out.iterdir()) <= set(half_written):
+        record = {"plan": digest.hexdigest(), "name": out.resolve().name.lstrip(".") or "shard"}
+        files.write_json(out / RECORD, record)
+    elif not isinstance(record, dict) or record.get("plan") != digest.hexdigest():
+        raise UserError(
+            f"--out={out}: holds files already, which are no shards of this folder as it is now "
+            "with these flags: name a new folder"
+        )
+    for path in half_written:
+        path.unlink()
+    return str(record["name"])
+
+
+def _files(part: Part) -> Iterator[tuple[str, int, Source | bytes]]:
+    """(name, size, content) of the members of a shard."""
+    for key, (track, beside) in part.items():
+        yield key + track.source.suffix, _size(track), track.source
+        for suffix, content in beside.items():
+            yield key + suffix, len(content), content
+
+
+def _is_whole(path: Path, part: Part) -> bool:
+    if not path.exists():
+        return False
+    members, problems = shards.members(path)
+    there = {name: member.size for name, member in members.items()}
+    return not problems and there == {name: size for name, size, _ in _files(part)}
+
+
+def _write(file: BinaryIO, part: Part) -> None:
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, size, content in _files(part):
+            info = tarfile.TarInfo(name)  # of no one, from 1970: the same in every run
+            info.size = size
+            if isinstance(content, bytes):
+                tar.addfile(info, io.BytesIO(content))
+                continue
+            with content.open("rb") if isinstance(content, Path) else content.open() as source:
+                tar.addfile(info, source)

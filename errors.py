@@ -1,0 +1,63 @@
+"""A user's mistake, told plainly: what, where, and how to put it right."""
+
+import contextlib
+import io
+import logging
+import sys
+from collections.abc import Iterator
+
+
+class UserError(Exception):
+    """Something that the user can put right: what, where and how, in a few plain lines."""
+
+
+@contextlib.contextmanager
+def plain_errors(advice_out_of_memory: str) -> Iterator[None]:
+    """End the process with a plain message, without a traceback, where the user can help it."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's, on each start
+    for stream in (sys.stdout, sys.stderr):  # a caption that a console can't show is no error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except UserError as error:
+        _exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        _exit(f"out of memory: {str(error).splitlines()[0]}\n{advice_out_of_memory}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the device, or the machine, has no memory left."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "out of memory" in text
+        or "can't allocate memory" in text
+        or "not enough memory" in text
+        or "CUBLAS_STATUS_ALLOC_FAILED" in text
+    )
+
+
+def first_lines(lines: list[str], limit: int = 20) -> str:
+    """Up to a screenful of lines, then how many more there are.
+
+    Names and captions may hold what would steer the terminal.
+    """
+    shown = ["  " + printable(line.replace("\n", "\\n")) for line in lines[:limit]]
+    if len(lines) > limit:
+        shown.append(f"  ... and {len(lines) - limit} more")
+    return "\n".join(shown)
+
+
+def printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def _exit(message: str) -> None:
+    print(f"error: {printable(message)}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,1 @@
+"""Flags: read from the command line, checked before anything slow is imported."""

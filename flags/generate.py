@@ -1,0 +1,123 @@
+"""The flags of generate.py and export.py."""
+
+from pydantic import Field, model_validator
+
+from flags.parse import Flags
+from flags.types import AnyPath, Device, Files, Folders, Prompts, SaveDtype, Scales
+
+
+def _one_scale_each(folders: list[str], scales: list[float]) -> list[float]:
+    if len(scales) not in (1, len(folders)):
+        raise ValueError(
+            f"--lora_scale has {len(scales)} numbers for {len(folders)} adapters of --lora: give "
+            "one, or one for each"
+        )
+    return scales * len(folders) if len(scales) == 1 else scales
+
+
+class GenerateConfig(Flags):
+    """Generate music of any length with a fine-tuned MusicGen.
+
+    Example: python generate.py --prompt="slow piano waltz" --duration=60
+    """
+
+    prompt: Prompts = Field(
+        description='what to play: a prompt, a list ["one", "two"], or a .txt file with one a line'
+    )
+    weights_path: AnyPath | None = Field(
+        "models/lm_final.pt", description="fine-tuned weights; None = the model as it was"
+    )
+    model_id: str | None = Field(
+        None,
+        description="the model that was tuned, as for run.py; None = what run.py noted beside "
+        "the weights, in the adapter or in the embedding, else small",
+    )
+    lora: Folders | None = Field(
+        None,
+        description='LoRA adapter: the lora_final folder that run.py left; or ["a", "b"] to add '
+        "several. They go onto the base model unless weights_path is given too",
+    )
+    lora_scale: Scales = Field([1.0])
+    embedding: Files | None = Field(
+        None,
+        description="learned word for the prompt: the learned_embeds.safetensors that run.py left; "
+        'or ["a", "b"] for several. They go with the base model unless weights_path is given too',
+    )
+    duration: float = Field(30.0, gt=0, description="seconds to generate")
+    overlap: float | None = Field(
+        None,
+        gt=0,
+        description="beyond the model's window (30 s), the seconds that each further window "
+        "starts from; more = more coherent and slower; None = 12, or half a window under 24 s",
+    )
+    melody: AnyPath | None = Field(
+        None, description="recording whose melody to follow, with a melody model; needs demucs"
+    )
+    prompt_audio: AnyPath | None = Field(
+        None, description="recording to continue; its last `overlap` seconds open the result"
+    )
+    top_k: int = Field(250, ge=0, description="sample among the k likeliest codes; 0 = all")
+    top_p: float = Field(
+        0.0, ge=0, le=1, description="sample among codes of this total probability; 0 = use top_k"
+    )
+    temperature: float = Field(
+        1.0, ge=0, description="of sampling; lower = more predictable, 0 = always the likeliest"
+    )
+    cfg_coef: float = Field(
+        3.0, ge=0, description="classifier-free guidance: how closely to follow the prompt"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="same seed, same music (on the same machine)")
+    variations: int = Field(1, ge=1, description="pieces for each prompt, made together")
+    output: AnyPath = Field("generated", description="folder, or a .wav name if there is one piece")
+    overwrite: bool = Field(False, description="replace existing files of the same name")
+    device: Device = Field("auto", description="auto, cuda, mps or cpu")
+
+    @property
+    def scales(self) -> list[float]:
+        """Of each adapter in `lora`."""
+        return _one_scale_each(self.lora or [], self.lora_scale)
+
+    @property
+    def full_weights(self) -> str | None:
+        """--weights_path; its default only without --lora, as run.py merges into that file.
+
+        Nor with --embedding, which was trained on the base model.
+        """
+        is_default = "weights_path" not in self.model_fields_set
+        return None if (self.lora or self.embedding) and is_default else self.weights_path
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "GenerateConfig":
+        if self.lora:
+            _one_scale_each(self.lora, self.lora_scale)
+        elif "lora_scale" in self.model_fields_set:
+            raise ValueError("--lora_scale does nothing without --lora: add that, or leave it out")
+        return self
+
+
+class ExportConfig(Flags):
+    """Merge LoRA adapters into plain weights that any audiocraft script loads.
+
+    Example: python lora.py --lora=models/lora_final --lora_scale=0.7
+    """
+
+    lora: Folders = Field(
+        description='the lora_final folder that run.py left; or ["a", "b"] to add several'
+    )
+    lora_scale: Scales = Field([1.0])
+    model_id: str | None = Field(
+        None, description="the model that was tuned; None = what the adapter names, else small"
+    )
+    output: AnyPath = Field("merged.pt", description="the file to write")
+    save_dtype: SaveDtype = Field("fp32", description="number format of the file")
+    overwrite: bool = Field(False, description="replace an existing file")
+
+    @property
+    def scales(self) -> list[float]:
+        """Of each adapter in `lora`."""
+        return _one_scale_each(self.lora, self.lora_scale)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "ExportConfig":
+        _one_scale_each(self.lora, self.lora_scale)
+        return self

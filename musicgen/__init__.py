@@ -1,0 +1,52 @@
+"""MusicGen: the only folder that touches audiocraft.
+
+Python runs this file before any other of the folder, so what audiocraft's import needs is there.
+"""
+
+import contextlib
+import importlib.machinery
+import logging
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+
+def _stand_in_for_xformers() -> None:
+    """Let audiocraft import without xformers, which many systems have no wheels for.
+
+    audiocraft's attention runs on torch; of xformers it then uses only these three names.
+    """
+    ops = types.ModuleType("xformers.ops")
+    ops.unbind = torch.unbind  # type: ignore[attr-defined]
+    ops.LowerTriangularMask = type("LowerTriangularMask", (), {})  # type: ignore[attr-defined]
+    ops.memory_efficient_attention = None  # type: ignore[attr-defined]
+    package = types.ModuleType("xformers")
+    package.ops = ops  # type: ignore[attr-defined]
+    for module in (package, ops):
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+        sys.modules.setdefault(module.__name__, module)
+
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Importing `name` fails inside the block, as if it were not installed."""
+    before = sys.modules.get(name)
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
+
+
+_stand_in_for_xformers()
+# flashy, a part of audiocraft, would import wandb, which is for --use_wandb=1 alone.
+with warnings.catch_warnings(), _without("wandb"):
+    warnings.simplefilter("ignore")  # the libraries' own; a user can do nothing about them
+    import audiocraft.models  # noqa: F401
+for _library in ("audiocraft", "bitsandbytes"):
+    logging.getLogger(_library).setLevel(logging.ERROR)

@@ -1,0 +1,121 @@
+"""Where a model's files are: a folder, or the local cache of the Hugging Face hub."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
+
+from errors import UserError, is_out_of_memory
+from musicgen import published
+from musicgen.published import SHORT_NAMES
+
+FOLDERS = {"demo": Path(__file__).parent.parent / "demo" / "model"}
+WEIGHTS = ["state_dict.bin", "compression_state_dict.bin"]
+HF_FILES = ["*.json", "*.model", "model.safetensors"]
+HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+T5_NEEDS = [("config.json",), HF_WEIGHTS, ("tokenizer.json", "spiece.model")]
+DAMAGES = (OmegaConfBaseException, SafetensorError)
+CODEC_NEEDS = [("config.json",), HF_WEIGHTS]
+
+
+def find_model(model_id: str) -> Path:
+    path = FOLDERS.get(model_id, Path(model_id).expanduser())
+    if model_id in SHORT_NAMES or not path.is_dir():
+        if model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1 or path.exists():
+            raise UserError(f"--model_id={model_id}: no such folder")
+        for word, reason in published.REFUSED.items():
+            if word in f"musicgen-{model_id}".lower():
+                raise UserError(f"--model_id={model_id} can't be trained: {reason}")
+        repo = SHORT_NAMES.get(model_id, model_id)
+        needs = [(name,) for name in WEIGHTS]
+        path = hub_folder(repo, WEIGHTS, needs, os.environ.get("AUDIOCRAFT_CACHE_DIR"))
+    missing = [name for name in WEIGHTS if not (path / name).is_file()]
+    if missing:
+        raise UserError(
+            f"--model_id={model_id}: no MusicGen in audiocraft's exported format: "
+            f"{' and '.join(missing)} not found in it"
+        )
+    return path
+
+
+def portable_id(model_id: str) -> str:
+    """What names the same model from another working folder: a name, an id or a full path."""
+    folder = Path(model_id).expanduser()
+    is_name = model_id in SHORT_NAMES or model_id in FOLDERS
+    return model_id if is_name or not folder.is_dir() else str(folder.resolve())
+
+
+def hub_folder(
+    repo: str, patterns: list[str], needs: Sequence[tuple[str, ...]], cache_dir: str | None = None
+) -> Path:
+    """The local snapshot of a Hugging Face repository; downloaded only if it is not complete.
+
+    `needs` are the files that make it complete, each with its alternatives.
+    """
+    fetch = functools.partial(snapshot_download, repo, allow_patterns=patterns, cache_dir=cache_dir)
+    try:
+        path = Path(fetch(local_files_only=True))
+        if not lacking(path, needs):
+            return path
+    except (OSError, ValueError):  # not in the cache, or no valid id: the hub's answer says which
+        pass
+    try:
+        path = Path(fetch())
+        lacks = lacking(path, needs)
+        reason = f"it has no {lacks}"
+    except Exception as error:  # offline, no such id, no access: each a class of its own
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        lacks, reason = "all", f"{type(error).__name__}: {lines[0]}"
+    if lacks:
+        raise UserError(
+            f"{repo} is not in the Hugging Face cache and could not be downloaded ({reason}).\n"
+            "Connect to the network once, or give --model_id a folder with "
+            f"{' and '.join(WEIGHTS)} and its text encoder in t5/, or one of "
+            f"{', '.join([*FOLDERS, *SHORT_NAMES])}."
+        )
+    return path
+
+
+def lacking(folder: Path, needs: Sequence[tuple[str, ...]]) -> str:
+    """The first file that a folder needs and has not, or an empty string."""
+    missing = (names for names in needs if not any((folder / name).exists() for name in names))
+    return " or ".join(next(missing, ()))
+
+
+def read_package(path: Path, model_id: str) -> dict[str, Any]:
+    try:
+        package = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load has no class for "this is not my file"
+        raise UserError(
+            f"--model_id={model_id}: {path.name} can't be read ({type(error).__name__}); "
+            "it is damaged or no torch file: download or export it again"
+        ) from None
+    exported = isinstance(package, dict) and {"xp.cfg", "best_state"} <= package.keys()
+    named_codec = isinstance(package, dict) and path.name == WEIGHTS[1] and "pretrained" in package
+    if not exported and not named_codec:
+        raise UserError(
+            f"--model_id={model_id}: {path.name} is not in audiocraft's exported format"
+        )
+    return package
+
+
+@contextlib.contextmanager
+def told_as_damage(model_id: str) -> Iterator[None]:
+    """Whatever goes wrong inside with a model's files is a UserError."""
+    try:
+        yield
+    except (*DAMAGES, KeyError, RuntimeError, OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"--model_id={model_id}: is no MusicGen that can be loaded "
+            f"({type(error).__name__}: {reason}); download or export it again"
+        ) from error

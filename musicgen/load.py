@@ -1,0 +1,144 @@
+"""Load a MusicGen by short name, Hugging Face id or folder."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from audiocraft.models import MusicGen, builders
+from audiocraft.models.encodec import CompressionModel, HFEncodecCompressionModel
+from audiocraft.models.lm import LMModel
+from omegaconf import OmegaConf
+from torch import nn
+from transformers import EncodecModel as HFEncodecModel
+from transformers.utils import logging as transformers_logging
+
+from errors import UserError
+from musicgen.config import check_supported, text_name
+from musicgen.hub import (
+    CODEC_NEEDS,
+    HF_FILES,
+    T5_NEEDS,
+    WEIGHTS,
+    find_model,
+    hub_folder,
+    lacking,
+    read_package,
+    told_as_damage,
+)
+from musicgen.lm import build_lm
+from musicgen.text import text_conditioner
+
+
+class Model(MusicGen):
+    """MusicGen whose constructor also takes models of short pieces (its own wants over 18 s)."""
+
+    def set_generation_params(self, **params: Any) -> None:  # type: ignore[override]
+        super().set_generation_params(**{"extend_stride": 0.6 * self.max_duration, **params})
+
+
+def load_model(
+    model_id: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    layers_dtype: torch.dtype | None = None,
+) -> Model:
+    """Load a MusicGen by short name, Hugging Face id or folder; offline if it is on disk.
+
+    A folder may hold its text encoder in `t5/`; else, and for ids, the Hugging Face cache has it.
+    `dtype` is the language model's number format, `layers_dtype` another one for the matrices of
+    its transformer layers, nearly all of its weights.
+    audiocraft's own `MusicGen.get_pretrained` reads the same files, but asks the hub first, has
+    no say in the number format, and loads demucs with every melody model.
+    Errors: UserError when it is not there, can't be downloaded, or is of another family.
+    """
+    folder = find_model(model_id)
+    with warnings.catch_warnings(), _quiet_transformers(), told_as_damage(model_id):
+        warnings.simplefilter("ignore")
+        lm = _load_lm(folder, model_id, device, dtype, layers_dtype or dtype)
+        codec = _load_codec(folder, model_id, device)
+    return Model(model_id, codec, lm.eval())
+
+
+def load_codec(model_id: str, device: torch.device) -> Model:
+    """A MusicGen that only encodes: its EnCodec, without text encoder and language model.
+
+    Errors: UserError, as for `load_model`.
+    """
+    folder = find_model(model_id)
+    with warnings.catch_warnings(), _quiet_transformers(), told_as_damage(model_id):
+        warnings.simplefilter("ignore")
+        cfg = OmegaConf.create(read_package(folder / WEIGHTS[0], model_id)["xp.cfg"])
+        check_supported(cfg, model_id)
+        lm: Any = nn.Linear(1, 1, device=device)  # stands in: MusicGen asks it for its device
+        lm.cfg, lm.card, lm.num_codebooks = cfg, cfg.transformer_lm.card, cfg.transformer_lm.n_q
+        return Model(model_id, _load_codec(folder, model_id, device), lm)
+
+
+def _load_lm(
+    folder: Path,
+    model_id: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    layers_dtype: torch.dtype,
+) -> LMModel:
+    package = read_package(folder / WEIGHTS[0], model_id)
+    cfg = OmegaConf.create(package["xp.cfg"])
+    check_supported(cfg, model_id)
+    cfg.device = str(device)
+    cfg.dtype = str(layers_dtype).removeprefix("torch.")
+    local = folder / "t5"
+    if not local.is_dir():
+        local = hub_folder(cfg.conditioners[text_name(cfg)].t5.name, HF_FILES, T5_NEEDS)
+    elif lacks := lacking(local, T5_NEEDS):
+        raise UserError(f"--model_id={model_id}: its text encoder t5/ has no {lacks}")
+    lm = build_lm(cfg, local)
+    conditioner = text_conditioner(lm)
+    off = torch.autocast(device.type, enabled=False)
+    conditioner.autocast = off  # type: ignore[assignment]
+    conditioner.word_dropout = 0.0  # on in the published configs; here the dataset does it
+    if layers_dtype != dtype:
+        all_but_matrices_to(lm, dtype)
+    lm.load_state_dict(package["best_state"])
+    lm.cfg = cfg
+    return lm
+
+
+def all_but_matrices_to(lm: LMModel, dtype: torch.dtype) -> None:
+    """Bring to `dtype` what is not a matrix of the transformer's layers: 4 % of small's weights."""
+    matrices = {p for p in lm.transformer.layers.parameters() if p.ndim > 1}
+    for parameter in set(lm.parameters()) - matrices:
+        parameter.data = parameter.data.to(dtype)
+
+
+def _load_codec(folder: Path, model_id: str, device: torch.device) -> CompressionModel:
+    package = read_package(folder / WEIGHTS[1], model_id)
+    if "pretrained" in package:  # a name instead of weights, as in the stereo models
+        local = folder / "encodec"
+        if not local.is_dir():
+            local = hub_folder(package["pretrained"], HF_FILES, CODEC_NEEDS)
+        bare: Any = HFEncodecModel.from_pretrained(local)
+        bare.cfg_text = (local / "config.json").read_text()
+        codec: CompressionModel = HFEncodecCompressionModel(bare).to(device)
+    else:
+        cfg = OmegaConf.create(package["xp.cfg"])
+        cfg.device = str(device)
+        codec = builders.get_compression_model(cfg)
+        codec.load_state_dict(package["best_state"])
+        codec.cfg_text = package["xp.cfg"]
+    return codec.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and advice while a text encoder loads."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()

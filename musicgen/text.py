@@ -1,0 +1,72 @@
+"""Captions -> T5's hidden states.
+
+Letters: B batch, L text tokens.
+"""
+
+import functools
+
+import torch
+from audiocraft.models.lm import LMModel
+from audiocraft.modules.conditioners import (
+    T5Conditioner,
+)
+from torch.nn import functional as F
+
+from musicgen import placeholder
+from musicgen.device import to_device
+from recordings import captions, wording
+
+
+def text_conditioner(lm: LMModel) -> T5Conditioner:
+    """The one text conditioner of a model that `load` has accepted."""
+    conditioners = lm.condition_provider.conditioners.values()
+    return next(c for c in conditioners if isinstance(c, T5Conditioner))
+
+
+class TextEncoder:
+    """Captions -> T5's hidden states, computed once per distinct caption, in float32.
+
+    Each caption is encoded by itself, so that its embedding doesn't depend on its batch. The
+    empty caption is the null condition of classifier-free guidance: zeros, fully masked. (T5 on a
+    fully masked input is NaN in half precision, and NaN * 0 stays NaN.)
+
+    Captions with the new word change with its vector: they are computed each time, and with
+    gradients if those are enabled.
+    """
+
+    def __init__(
+        self, lm: LMModel, max_cached: int = 10_000, new_word: placeholder.NewWord | None = None
+    ) -> None:
+        self.conditioner = text_conditioner(lm)
+        self.new_word = new_word
+        self._cached = functools.lru_cache(max_cached)(torch.no_grad()(self._encode))
+
+    def _hidden(self, caption: str) -> torch.Tensor:
+        if self.new_word and wording.has(self.new_word.word, caption):
+            return self._encode(caption)
+        return self._cached(caption)
+
+    def _encode(self, caption: str) -> torch.Tensor:  # [L, width of T5], on the CPU
+        conditioner = self.conditioner
+        inputs = conditioner.t5_tokenizer(
+            [caption], return_tensors="pt", truncation=True, max_length=captions.MAX_TOKENS
+        ).to(conditioner.t5.device)
+        hidden = conditioner.t5(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+        ).last_hidden_state[0]
+        return hidden.float().cpu()
+
+    def __call__(
+        self, captions: list[str], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states `[B, L, width of T5]`, zero-padded, and mask `[B, L]` (1 = text)."""
+        null = torch.zeros(0, self.conditioner.dim)
+        hidden = [self._hidden(caption) if caption else null for caption in captions]
+        length = max(1, *(len(h) for h in hidden))
+        padded = torch.stack([F.pad(h, (0, 0, 0, length - len(h))) for h in hidden])
+        mask = torch.tensor([[float(i < len(h)) for i in range(length)] for h in hidden])
+        text = to_device(padded, device)
+        if self.new_word and torch.is_grad_enabled():
+            # If no caption has it: a gradient of zero, which DDP waits for.
+            text = text + 0 * self.new_word.vector.sum()
+        return text, to_device(mask, device)

@@ -1,0 +1,1 @@
+"""Recordings and what is known of them: found, checked, read. Knows no flags and no model."""

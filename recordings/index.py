@@ -1,0 +1,70 @@
+"""What checking the recordings of a dataset found, so that the next start opens only new ones."""
+
+import contextlib
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterable
+
+import av
+import soundfile as sf
+
+import files
+from errors import UserError
+from recordings import audio
+from recordings.audio import Source
+from recordings.shards import Member
+
+# Raise the 1 when audio.check finds something else; so may other libraries.
+VERSION = f"1, libsndfile {sf.__libsndfile_version__}, PyAV {av.__version__}"
+ROW = re.compile(r"\d+ \d+ \d+ -?\d+( \d+ \d+)?")
+JUST_NOW_SEC = 2  # some file systems count in such steps, so that a second change isn't seen
+
+
+class Index:
+    """What `audio.check` found in one dataset's recordings, in the user's cache folder.
+
+    For each its sample rate and frames; size and mtime in ns of the file on disk; in a shard its
+    offset and size too. As strings, which take a third of the memory.
+    """
+
+    def __init__(self, dataset_path: str) -> None:
+        name = hashlib.sha256(os.fsencode(os.path.realpath(dataset_path))).hexdigest()[:32]
+        self.path = files.cache_folder("index") / f"{name}.json"
+        self.rows: dict[str, str] = {}
+        self.has_changed = False
+        with contextlib.suppress(LookupError, TypeError, AttributeError):  # of another form
+            content = files.read_json(self.path)
+            if content["version"] == VERSION and all(map(ROW.fullmatch, content["rows"].values())):
+                self.rows = content["rows"]
+
+    def check(self, name: str, source: Source) -> tuple[int, int]:
+        """As `audio.check`, which is asked only about what is new or has changed."""
+        status = (source.tar if isinstance(source, Member) else source).stat()
+        state = f"{status.st_size} {status.st_mtime_ns}"
+        if isinstance(source, Member):
+            state += f" {source.offset} {source.size}"
+        if name in self.rows:
+            rate, frames, known_state = self.rows[name].split(" ", 2)
+            if known_state == state:
+                return int(rate), int(frames)
+            del self.rows[name]
+            self.has_changed = True
+        sample_rate, length = audio.check(source)
+        if status.st_mtime < time.time() - JUST_NOW_SEC:
+            self.rows[name] = f"{sample_rate} {length} {state}"
+            self.has_changed = True
+        return sample_rate, length
+
+    def save(self, names: Iterable[str]) -> None:
+        """Keep what is known of the recordings `names`.
+
+        It only saves time, so a cache folder that can't be written is no reason to stop.
+        Several processes may do so at once: they write the same.
+        """
+        rows = {name: self.rows[name] for name in names if name in self.rows}
+        if self.has_changed or len(rows) < len(self.rows):
+            with contextlib.suppress(OSError, UserError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                files.write_json(self.path, {"version": VERSION, "rows": rows}, indent=None)

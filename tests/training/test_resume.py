@@ -1,0 +1,562 @@
+"""A run that was stopped, in whatever way and moment, ends as one that was not."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import soundfile as sf
+import torch
+from accelerate.state import AcceleratorState
+from conftest import ROOT, metrics, tiny_config, tone, weights
+from matplotlib.figure import Figure
+
+from demo.tiny import build_musicgen
+from errors import UserError
+from flags.run import Config
+from musicgen import codec
+from musicgen.loss import TokenLoss
+from musicgen.text import TextEncoder
+from train import (
+    NonFinite,
+    train,
+)
+from training.output import checkpoints
+from training.resume import FREE_TO_CHANGE
+
+
+class World(NamedTuple):
+    """A model with dropout and data, so that all that is random in a run has a part in it."""
+
+    model: Path
+    data: Path
+    held_out: Path
+    whole: Path  # output of a run that nothing disturbed
+
+
+# Three files and two a step: 2 steps an epoch, 6 steps; crops, captions, dropout are all random.
+RANDOM = {"batch_size": 1, "grad_acc": 2, "epochs": 3, "use_cfg": True, "cfg_p": 0.4}
+RANDOM |= {"word_dropout": 0.3, "ema_decay": 0.9, "seed": 7}
+STEPS = 6
+
+
+def run(world: World, output: Path, **flags: Any) -> Path:
+    """Train in this process, with validation and samples."""
+    watched = {"valid_path": str(world.held_out), "valid_step": 2}
+    watched |= {"sample_step": 3, "sample_duration": 0.2, "sample_prompts": ["a tune", "drums"]}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(tiny_config(world.model, world.data, output, **{**RANDOM, **watched, **flags}))
+    return output
+
+
+def go_on(world: World, output: Path, **flags: Any) -> Path:
+    """Resume, or start anew if no step had been made."""
+    has_state = (output / "resume.pt").exists()
+    return run(world, output, resume=has_state, overwrite=not has_state, **flags)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("world")
+    model = build_musicgen(root / "model", segment_sec=20.0, dropout=0.1)
+    for name, lengths in {"data": (1.5, 0.8, 2.0), "held_out": (1.0,)}.items():
+        (root / name).mkdir()
+        for i, seconds in enumerate(lengths):
+            sf.write(root / name / f"{i}.wav", tone(i, seconds), 32_000)
+            (root / name / f"{i}.txt").write_text("a slow piano tune with brushed drums" * (i + 1))
+    world = World(model, root / "data", root / "held_out", root / "whole")
+    run(world, world.whole)
+    return world
+
+
+@pytest.fixture(autouse=True)
+def _quick_pictures(monkeypatch):
+    monkeypatch.setattr("training.report.plot", lambda rows: Figure(figsize=(1, 1)))
+
+
+def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_same_run(output: Path, expected: Path) -> None:
+    """Bit by bit the same weights, metrics and samples, and no other files."""
+    files = [
+        {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
+        for root in (output, expected)
+    ]
+    assert files[0] == files[1]
+    assert metrics(output) == metrics(expected)
+    for path in expected.glob("lm_*.pt"):
+        step = path.stem.removeprefix("lm_")
+        assert same_weights(weights(output, step), weights(expected, step)), path.name
+    for path in expected.glob("samples/*.wav"):
+        assert (output / "samples" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_one_seed_makes_one_run(world, tmp_path):
+    torch.manual_seed(12345)
+    assert_same_run(run(world, tmp_path / "again"), world.whole)
+    other = run(world, tmp_path / "other", seed=8)
+    assert not same_weights(weights(other), weights(world.whole))
+
+
+# Stopped from inside.
+
+
+class Fault(Exception):
+    pass
+
+
+def fail() -> None:
+    raise Fault
+
+
+def signalled(*numbers: int) -> Callable[[], None]:
+    return lambda: [os.kill(os.getpid(), number) for number in numbers] and None
+
+
+WAYS = {
+    "fault": (fail, Fault, None),
+    "SIGINT": (signalled(signal.SIGINT), SystemExit, 130),
+    "SIGTERM": (signalled(signal.SIGTERM), SystemExit, 143),
+    "SIGINT twice": (signalled(signal.SIGINT, signal.SIGINT), SystemExit, 130),
+}
+
+
+@contextlib.contextmanager
+def at_encoding(number: int, act: Callable[[], None]) -> Iterator[None]:
+    """`act` when the `number`-th batch of a run, of training or validation, is encoded."""
+    encode, calls = codec.encode_audio, []
+
+    def acting(model, wav):
+        calls.append(None)
+        if len(calls) == number:
+            act()
+        return encode(model, wav)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("musicgen.codec.encode_audio", acting)
+        yield
+
+
+# A run's 13 encodings, V of validation and 1 to 6 of these steps: V 11 2 V 33 4 V 55 6 V
+MOMENTS = [("fault", number) for number in range(1, 14)]
+MOMENTS += [(way, number) for way in WAYS if way != "fault" for number in (1, 3, 4, 7, 12, 13)]
+
+
+@pytest.mark.parametrize(("way", "number"), MOMENTS)
+def test_a_run_stopped_anywhere_is_resumed_to_the_same_end(way, number, world, tmp_path, capsys):
+    act, error, code = WAYS[way]
+    output = tmp_path / "run"
+    with at_encoding(number, act), pytest.raises(error) as caught:
+        run(world, output)
+    assert code is None or caught.value.code == code
+
+    steps_done = max((row["step"] for row in metrics(output) if "loss" in row), default=0)
+    assert (output / "resume.pt").exists() == (steps_done > 0)
+    if steps_done:
+        assert torch.load(output / "resume.pt", weights_only=True)["step"] == steps_done
+        assert f"stopped after step {steps_done} of {STEPS}" in capsys.readouterr().err
+    assert_same_run(go_on(world, output), world.whole)
+
+
+def test_a_run_stopped_again_and_again_is_resumed_to_the_same_end(world, tmp_path):
+    output, stops = tmp_path / "run", 0
+    while not (output / "lm_final.pt").exists():
+        with contextlib.suppress(Fault), at_encoding(4, fail):
+            go_on(world, output)
+        stops += 1
+    assert stops > 3
+    assert_same_run(output, world.whole)
+
+
+def test_a_fault_inside_the_update_saves_no_half_changed_weights(world, tmp_path, monkeypatch):
+    output, step = tmp_path / "run", torch.optim.AdamW.step
+    calls = []
+
+    def failing(self, *args):
+        calls.append(None)
+        step(self, *args)
+        if len(calls) == 4:
+            raise Fault
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", failing)
+    with pytest.raises(Fault):
+        run(world, output, save_step=2)
+    assert torch.load(output / "resume.pt", weights_only=True)["step"] == 2
+    run(world, output, save_step=2, resume=True)
+    assert same_weights(weights(output), weights(world.whole))
+    assert metrics(output) == metrics(world.whole)
+
+
+def test_a_second_signal_while_the_average_is_taken_out_saves_no_mixed_weights(world, tmp_path):
+    output, copy, copies = tmp_path / "run", torch.Tensor.copy_, []
+
+    def interrupted_copy(self, *args):
+        copies.append(None)
+        if len(copies) == 4:
+            raise KeyboardInterrupt
+        return copy(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+
+        def arm() -> None:
+            patch.setattr(torch.nn.Parameter, "copy_", interrupted_copy, raising=False)
+
+        with at_encoding(5, arm):  # the validation, of the average, after step 2
+            run(world, output, save_step=1)
+    run(world, output, save_step=1, resume=True)
+    assert same_weights(weights(output), weights(world.whole))
+
+
+# Stopped from outside.
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that start with everything imported: a fresh Python needs 10 s for that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["train"])
+        yield context
+
+
+def rows_on_disk(output: Path) -> int:
+    path = output / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_until(condition: Callable[[], bool], process: Any) -> None:
+    while not condition() and process.is_alive():
+        time.sleep(0.0005)
+
+
+def is_writing(output: Path) -> bool:
+    return any(output.glob(".*.tmp"))
+
+
+def test_a_run_killed_twenty_times_ends_as_one_that_was_not(world, tmp_path, processes):
+    rng, output, whole = random.Random(1), tmp_path / "run", tmp_path / "whole"
+    flags = {**RANDOM, "epochs": 40, "save_step": 1, "keep_checkpoints": 3}
+    flags |= {"valid_path": str(world.held_out), "valid_step": 5}
+    kills = kills_while_writing = 0
+    exit_code = None
+    while exit_code != 0:
+        has_state = (output / "resume.pt").exists()
+        config = tiny_config(
+            world.model, world.data, output, resume=has_state, overwrite=not has_state, **flags
+        )
+        process = processes.Process(target=train, args=(config,))
+        process.start()
+        if kills < 20:
+            if rng.random() < 0.8:  # else somewhere in the start
+                rows = rows_on_disk(output) + rng.randrange(4)
+                wait_until(lambda rows=rows: rows_on_disk(output) > rows, process)
+            if rng.random() < 0.5:
+                wait_until(lambda: is_writing(output), process)
+            else:
+                time.sleep(rng.uniform(0, 0.03))
+            process.kill()
+        process.join()
+        exit_code = process.exitcode
+        assert exit_code in (0, -signal.SIGKILL)
+        kills += exit_code != 0
+        kills_while_writing += exit_code != 0 and is_writing(output)
+        for path in output.glob("*.pt"):
+            torch.load(path, weights_only=True)
+    print(f"{kills} kills, {kills_while_writing} while writing")
+    assert kills == 20
+
+    process = processes.Process(
+        target=train, args=(tiny_config(world.model, world.data, whole, **flags),)
+    )
+    process.start()
+    process.join()
+    assert_same_run(output, whole)
+    assert len(checkpoints(output)) == 3
+
+
+def test_ctrl_c_in_the_terminal_stops_cleanly_with_workers_too(world, tmp_path):
+    """A terminal sends SIGINT to all processes, those that read audio among them."""
+    output = tmp_path / "run"
+    flags = {**RANDOM, "epochs": 500, "duration": 1.0, "warmup_steps": 0, "lr": 1e-3}
+    flags |= {"num_workers": 2, "device": "cpu", "output_dir": output}
+    flags |= {"dataset_path": world.data, "model_id": world.model}
+    command = [sys.executable, "run.py", *(f"--{name}={value}" for name, value in flags.items())]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while rows_on_disk(output) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    steps = len(metrics(output))
+    assert f"stopped after step {steps} of 1000" in errors
+    AcceleratorState._reset_state(reset_partial_state=True)
+    more = {**flags, "max_steps": steps + 2, "num_workers": 0, "resume": True}
+    train(Config(**{k: str(v) if isinstance(v, Path) else v for k, v in more.items()}))
+    assert [row["step"] for row in metrics(output)] == [*range(1, steps + 3)]
+
+
+# What may differ on resuming.
+
+
+@pytest.fixture
+def stopped(world, tmp_path) -> Path:
+    """The output of a run that was stopped after step 2."""
+    output = tmp_path / "run"
+    with at_encoding(7, fail), pytest.raises(Fault):
+        run(world, output)
+    return output
+
+
+# Of every flag that shapes the training, another value.
+OTHER: dict[str, Any] = {
+    "model_id": ...,  # the mono model of the other tests
+    "no_label": True,
+    "tune_text": True,
+    "weight_decay": 0.1,
+    "warmup_steps": 2,
+    "use_cfg": False,
+    "duration": 1.5,
+    "seed": 1,
+    "cfg_p": 0.3,
+    "word_dropout": 0.0,
+    "lr_scheduler": "linear",
+    "ema_decay": 0.5,
+    "optimizer": "adamw_8bit",
+    "lora_rank": 4,
+    "lora_alpha": 3.0,
+    "lora_dropout": 0.1,
+    "lora_rslora": True,
+    "lora_embeddings": True,
+    "placeholder": "<my-style>",
+    "placeholder_init": "piano",
+    "cache_tokens": True,
+    "caption": "one for all",
+    "trigger": "my-style",
+    "merge_text_p": 0.5,
+    "drop_desc_p": 0.2,
+    "drop_other_p": 0.2,
+}
+
+
+def test_every_flag_is_free_to_change_or_refused():
+    elsewhere = {"drop_melody", "caption_from"}  # in test_melody.py, test_sources.py
+    assert set(OTHER) | elsewhere == set(Config.model_fields) - FREE_TO_CHANGE
+
+
+def test_resuming_with_other_flags_is_refused_by_name(
+    stopped, world, mono_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = {path: path.read_bytes() for path in stopped.iterdir() if path.is_file()}
+    for name, value in OTHER.items():
+        value = str(mono_folder) if value is ... else value
+        flags = {**RANDOM, name: value}
+        if not flags["use_cfg"]:
+            del flags["cfg_p"]  # would do nothing, which is another error
+        if name.startswith("lora_"):
+            flags.setdefault("lora_rank", 4)
+        if name == "placeholder_init":
+            flags["placeholder"] = "<my-style>"
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(UserError, match=re.escape(f"--{name}={value}, was ")):
+            train(tiny_config(world.model, world.data, stopped, **{"resume": True, **flags}))
+    after = {path: path.read_bytes() for path in stopped.iterdir() if path.is_file()}
+    assert before == after
+
+
+def add(data: Path) -> None:
+    sf.write(data / "new.wav", tone(9, 1.0), 32_000)
+    (data / "new.txt").write_text("a new one")
+
+
+def remove(data: Path) -> None:
+    (data / "0.wav").unlink()
+
+
+def caption(data: Path) -> None:
+    (data / "0.txt").write_text("another caption")
+
+
+def shorten(data: Path) -> None:
+    sf.write(data / "0.wav", tone(0, 1.2), 32_000)
+
+
+def rename(data: Path) -> None:
+    (data / "0.wav").rename(data / "00.wav")
+    (data / "0.txt").rename(data / "00.txt")
+
+
+@pytest.mark.parametrize(
+    ("change", "steps"), [(add, 6), (remove, 3), (caption, 6), (shorten, 6), (rename, 6)]
+)
+def test_resuming_with_another_dataset_is_said(change, steps, stopped, world, tmp_path, capsys):
+    data = copy_of(world.data, tmp_path / "data")
+    change(data)
+    run(world._replace(data=data), stopped, resume=True)
+    assert "after step 2; the dataset has changed since" in capsys.readouterr().out
+    assert [r["step"] for r in metrics(stopped) if "loss" in r] == [*range(1, steps + 1)]
+
+
+@pytest.mark.parametrize("flags", [{"lr": 2e-3}, {"max_grad_norm": 2.0}, {"precision": "bf16"}])
+def test_resuming_with_the_cure_of_a_non_finite_loss_is_said(flags, stopped, world, capsys):
+    (name, value) = next(iter(flags.items()))
+    run(world, stopped, resume=True, **flags)
+    assert f"after step 2; --{name} is {value}, was" in capsys.readouterr().out
+    assert [r["step"] for r in metrics(stopped) if "loss" in r] == [*range(1, STEPS + 1)]
+    assert not same_weights(weights(stopped), weights(world.whole))
+
+
+def copy_of(data: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in data.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def test_a_dataset_and_a_run_that_were_moved_are_resumed(stopped, world, tmp_path, capsys):
+    data = copy_of(world.data, tmp_path / "elsewhere")
+    output = stopped.rename(tmp_path / "moved")
+    assert_same_run(run(world._replace(data=data), output, resume=True), world.whole)
+    assert "has changed" not in capsys.readouterr().out
+
+
+def test_the_same_clips_a_step_may_be_cut_otherwise(world, mono_folder, tmp_path):
+    world = world._replace(model=mono_folder)  # without dropout, which follows the batch's shape
+    whole, output = run(world, tmp_path / "whole"), tmp_path / "run"
+    with at_encoding(7, fail), pytest.raises(Fault):
+        run(world, output)
+    run(world, output, resume=True, batch_size=2, grad_acc=1, num_workers=1)
+    losses = [[r.get("loss", r.get("valid_loss")) for r in metrics(o)] for o in (output, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("cut", [(2, 2), (1, 1), (4, 1)])
+def test_another_number_of_clips_a_step_is_refused(cut, stopped, world):
+    batch_size, grad_acc = cut
+    with pytest.raises(UserError, match=f"{batch_size * grad_acc} clips in a step .*, were 2"):
+        run(world, stopped, resume=True, batch_size=batch_size, grad_acc=grad_acc)
+
+
+@pytest.mark.parametrize("save_step", [None, 2])
+def test_a_finished_run_is_not_resumed_but_for_more_epochs(save_step, world, tmp_path):
+    output = run(world, tmp_path / "run", save_step=save_step)
+    why = "is finished" if save_step else "no .*resume.pt to go on from"
+    with pytest.raises(UserError, match=why):
+        run(world, output, resume=True, save_step=save_step)
+    if save_step:
+        run(world, output, resume=True, save_step=save_step, epochs=4)
+        steps = [row["step"] for row in metrics(output) if "loss" in row]
+        assert steps == [*range(1, 9)]
+        assert [path.name for path in checkpoints(output)] == [f"lm_{n}.pt" for n in (2, 4, 6, 8)]
+        assert not same_weights(weights(output), weights(world.whole))
+
+
+def test_a_prolonged_run_stopped_at_its_end_is_resumed_to_the_same_end(world, tmp_path):
+    outputs = [run(world, tmp_path / name, save_step=2) for name in ("whole", "stopped")]
+    longer = {"save_step": 2, "epochs": 4, "resume": True}
+    whole = run(world, outputs[0], **longer)
+    with at_encoding(5, fail), pytest.raises(Fault):  # V 77 8 V
+        run(world, outputs[1], **longer)
+    assert_same_run(run(world, outputs[1], **longer), whole)
+
+
+def test_a_run_can_be_cut_short_on_resuming(stopped, world):
+    run(world, stopped, resume=True, max_steps=5)
+    assert [row["step"] for row in metrics(stopped) if "loss" in row] == [1, 2, 3, 4, 5]
+    assert {"lm_final.pt"} == {path.name for path in stopped.glob("*.pt")}
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(stopped, world):
+    with pytest.raises(UserError, match=r"holds an earlier run .*--resume=1"):
+        run(world, stopped)
+    assert_same_run(run(world, stopped, overwrite=True), world.whole)
+
+
+# A loss or gradient that is not finite.
+
+
+def poisoned_caption(patch: pytest.MonkeyPatch, number: int) -> None:
+    """The first caption of the `number`-th batch is not a number."""
+    call, calls = TextEncoder.__call__, []
+
+    def poisoning(self, captions, device):
+        text, mask = call(self, captions, device)
+        calls.append(None)
+        if len(calls) == number:
+            text[0] = float("nan")
+        return text, mask
+
+    patch.setattr(TextEncoder, "__call__", poisoning)
+
+
+def poisoned_gradient(patch: pytest.MonkeyPatch, number: int) -> None:
+    """The loss of the `number`-th batch is right, its gradient is not a number."""
+    forward, calls = TokenLoss.forward, []
+
+    def steep(self, *args):
+        loss = forward(self, *args)
+        calls.append(None)
+        return loss + (loss * 0).sqrt() if len(calls) == number else loss  # no slope at 0
+
+    patch.setattr(TokenLoss, "forward", steep)
+
+
+@pytest.mark.parametrize(("save_step", "left"), [(3, 3), (None, 4)])
+@pytest.mark.parametrize(
+    ("poison", "what", "named"),
+    [
+        (poisoned_caption, "the loss is not finite at step 5 of 6", 1),
+        (poisoned_gradient, "the gradient is not finite at step 5 of 6", 2),
+    ],
+)
+def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(
+    poison, what, named, save_step, left, world, tmp_path, monkeypatch
+):
+    def fit(output: Path, **more: Any) -> Path:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        flags = {"epochs": 3, "batch_size": 2, "save_step": save_step, "seed": 3}
+        train(tiny_config(world.model, world.data, output, **flags, **more))
+        return output
+
+    batches: list[list[str]] = []  # of captions, which are longer the higher the file's number
+    call = TextEncoder.__call__
+    monkeypatch.setattr(
+        TextEncoder, "__call__", lambda self, c, d: batches.append(c) or call(self, c, d)
+    )
+    whole = fit(tmp_path / "whole")
+    culprits = {f"{caption.count('slow') - 1}.wav" for caption in batches[4][:named]}
+
+    output, step, updates = tmp_path / "run", torch.optim.AdamW.step, []
+    with monkeypatch.context() as patch, pytest.raises(NonFinite, match=what) as error:
+        patch.setattr(
+            torch.optim.AdamW, "step", lambda self, *a: updates.append(1) or step(self, *a)
+        )
+        poison(patch, 5)
+        fit(output)
+    assert {f"{i}.wav" for i in range(3) if f"{i}.wav" in str(error.value)} == culprits
+    assert len(updates) == len(metrics(output)) == 4
+    assert not (output / "lm_final.pt").exists()
+    assert [path.name for path in checkpoints(output)] == (["lm_3.pt"] if save_step else [])
+    assert torch.load(output / "resume.pt", weights_only=True)["step"] == left
+    assert_same_run(fit(output, resume=True), whole)

@@ -1,0 +1,46 @@
+"""The device and the precision of a run."""
+
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from errors import UserError
+from flags.run import Config
+from musicgen.device import choose_device
+
+
+def start_accelerator(config: Config) -> tuple[Accelerator, str, str]:
+    """The Accelerator for --device and --precision, the precision, and why that one."""
+    device = choose_device(config.device).type
+    has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision, why = config.precision, "as asked for"
+    if precision == "auto" and device == "cuda":
+        precision = "bf16" if has_bf16 else "fp16"
+        why = "this GPU has it" if has_bf16 else "this GPU has no bf16"
+    elif precision == "auto":
+        precision, why = "fp32", f"on {device}, slow but exact"
+    not_on_mps = {
+        f"--optimizer={config.optimizer}": config.optimizer != "adamw",
+        "--lora_dropout": config.lora_dropout > 0,  # recomputed parts would drop other inputs
+    }
+    for flag, is_asked in not_on_mps.items():
+        if is_asked and device == "mps":
+            raise UserError(f"{flag}: does not work on mps; leave it out")
+    if precision == "fp16" and device != "cuda":
+        raise UserError(f"--precision=fp16 needs a CUDA GPU, this is {device}: use fp32 or bf16")
+    if precision == "bf16" and device == "cuda" and not has_bf16:
+        raise UserError("--precision=bf16: this GPU has none: use auto, fp16 or fp32")
+    if config.optimizer == "adamw_8bit_bf16" and precision != "bf16":
+        raise UserError(
+            f"--optimizer=adamw_8bit_bf16 needs bf16, and --precision=auto is {precision} here "
+            f"({why}): give --precision=bf16 if the device has it, or use --optimizer=adamw_8bit"
+        )
+    mixed = "no" if precision == "fp32" else precision
+    # While the first process generates samples or writes checkpoints, the others wait.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    accelerator = Accelerator(
+        cpu=device == "cpu", mixed_precision=mixed, kwargs_handlers=[patience]
+    )
+    return accelerator, precision, why

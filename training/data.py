@@ -1,0 +1,145 @@
+"""The dataset of a run: tracks, clips, tokens, melodies.
+
+Letters: T token frames.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from accelerate import Accelerator
+
+import dataset
+from dataset import Clips
+from errors import UserError
+from flags.run import Config
+from musicgen import codec, melody
+from musicgen.load import Model
+from musicgen.melody import melodies_of, melody_conditioner
+from recordings import scan
+from recordings.melodies import Melodies
+from recordings.tokens import Tokens
+from recordings.track import Track
+from recordings.wording import PLAIN, Merging, in_front
+
+
+def scan_dataset(config: Config) -> tuple[list[Track], list[Track]]:
+    """What is trained on, and what is held out. Errors: UserError that names what is unusable."""
+    tracks = _scan(config, config.dataset_path)
+    held_out: list[Track] = []
+    if config.valid_path:
+        held_out = _scan(config, config.valid_path)
+    elif config.valid_split:
+        tracks, held_out = dataset.split(tracks, config.valid_split, config.seed)
+    kinds = {bool(track.codec): track for track in tracks + held_out}
+    if len(kinds) > 1:
+        raise UserError(
+            f"{kinds[True].place} is a file of tokens, {kinds[False].place} is audio: train on "
+            "one kind, held-out recordings too; prepare.py encode makes tokens of audio"
+        )
+    return tracks, held_out
+
+
+def _scan(config: Config, folder: str) -> list[Track]:
+    tracks = scan.scan(
+        folder,
+        with_captions=not config.no_label,
+        caption=config.caption,
+        from_tags=config.caption_from == "tags",
+    )
+    if config.no_label or not (config.trigger or config.placeholder):
+        return tracks
+    return [replace(t, caption=in_front_of(config)(t.caption)) for t in tracks]
+
+
+def in_front_of(config: Config) -> Callable[[str], str]:
+    return partial(in_front, config.trigger, config.placeholder)
+
+
+def crop_frames(config: Config, window_sec: float, frame_rate: float, tracks: list[Track]) -> int:
+    """T: --duration in token frames, but no more than the longest file has. Errors: UserError."""
+    if config.duration > window_sec:
+        raise UserError(
+            f"--duration={config.duration:g}: {config.model_id} knows pieces of up to "
+            f"{window_sec:g} s; give at most that"
+        )
+    longest = max(track.duration_sec for track in tracks)
+    return min(round(config.duration * frame_rate), math.ceil(longest * frame_rate))
+
+
+def find_melodies(
+    config: Config, model: Model, tracks: list[Track], accelerator: Accelerator
+) -> Melodies | None:
+    """Those of all tracks, of which each process finds its share; None if none are wanted."""
+    conditioner = melody_conditioner(model.lm)
+    check_melody(config, conditioner is not None, tracks)
+    if conditioner is None or config.drop_melody == 1:
+        return None
+    melodies = melodies_of(conditioner)
+    _in_shares(partial(melody.fill, conditioner, melodies, tracks), accelerator)
+    return melodies
+
+
+def check_melody(config: Config, has_melody: bool, tracks: list[Track]) -> None:
+    """Errors: UserError if the model takes no melodies, or the tracks are tokens and have none."""
+    if has_melody and config.drop_melody < 1 and tracks[0].codec:
+        raise UserError(
+            f"{tracks[0].place}: melodies can't be found in tokens: train on the recordings, or on "
+            "captions alone with --drop_melody=1"
+        )
+    if "drop_melody" in config.model_fields_set and not has_melody:
+        raise UserError(
+            f"--drop_melody does nothing with --model_id={config.model_id}, which takes no "
+            "melodies: leave it out, or give a melody model"
+        )
+
+
+def find_tokens(
+    config: Config, model: Model, tracks: list[Track], accelerator: Accelerator
+) -> Tokens | None:
+    """Those of all tracks, read or encoded, each process its share; None to encode the crops."""
+    if not (config.cache_tokens or tracks[0].codec):
+        return None
+    tokens = codec.tokens_of(model)
+    if tracks[0].codec:
+        tokens.check(tracks, config.model_id)
+    else:
+        _in_shares(partial(codec.fill, model, tokens, tracks, config.batch_size), accelerator)
+    codec.move(model, "encoder", "cpu")  # not needed any more
+    return tokens
+
+
+def _in_shares(prepare: Callable[..., None], accelerator: Accelerator) -> None:
+    """Each process prepares its share; then each machine what its own cache still lacks."""
+    prepare(rank=accelerator.process_index, processes=accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    prepare()
+
+
+def make_clips(
+    config: Config,
+    model: Model,
+    tracks: list[Track],
+    frames: int,
+    tokens: Tokens | None,
+    melodies: Melodies | None,
+    *,
+    training: bool,
+) -> Clips:
+    return Clips(
+        tracks,
+        sample_rate=model.sample_rate,
+        channels=model.audio_channels,
+        samples=frames * round(model.sample_rate / model.frame_rate),
+        seed=config.seed,
+        drop_caption=config.cfg_p if training and config.use_cfg else 0.0,
+        merging=Merging(config.merge_text_p, config.drop_desc_p, config.drop_other_p)
+        if training
+        else PLAIN,
+        in_front=in_front_of(config),
+        drop_word=config.word_dropout if training else 0.0,
+        tokens=tokens,
+        melodies=melodies,
+        drop_melody=config.drop_melody if training else 0.0,
+    )

@@ -1,0 +1,95 @@
+"""What a model is worth: validation loss, and samples to listen to."""
+
+import contextlib
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from musicgen import sampling
+from musicgen.codec import move
+from musicgen.device import to_device
+from musicgen.loss import TokenLoss, token_counts
+from training.output import SAMPLES
+from training.plan import valid_batches
+from training.session import Session
+
+
+@contextlib.contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients inside the block; in training mode after it."""
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train()
+
+
+def validate(session: Session, on_batch: Callable[[], None]) -> dict[str, Any]:
+    """Cross entropy and perplexity on the held-out clips, over all their tokens.
+
+    `on_batch` is called between batches, and may raise to stop.
+    """
+    accelerator, lm = session.accelerator, session.model.lm
+    loss_module = TokenLoss(lm)
+    sums = torch.zeros(2, lm.num_codebooks, device=accelerator.device)  # losses, tokens
+    batches = valid_batches(
+        session.valid_clips,
+        session.config.batch_size,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+        workers=session.workers,
+    )
+    with contextlib.closing(batches):
+        for batch in batches:
+            on_batch()
+            valid = session.valid_frames(batch.valid_samples)
+            codes = session.codes(batch)
+            text, mask = session.text_encoder(batch.captions, accelerator.device)
+            melody = None if batch.melody is None else to_device(batch.melody, accelerator.device)
+            with accelerator.autocast():
+                losses = loss_module(codes, valid.to(accelerator.device), text, mask, melody)
+            sums[0] += losses.sum(0)
+            sums[1] += token_counts(lm, valid, session.frames).to(accelerator.device)
+    sums = accelerator.reduce(sums)
+    codebooks = (sums[0] / sums[1]).tolist()
+    loss = statistics.fmean(codebooks)
+    return {
+        "valid_loss": loss,
+        "valid_perplexity": _perplexity(loss),
+        "valid_loss_codebooks": codebooks,
+        "valid_perplexity_codebooks": [_perplexity(value) for value in codebooks],
+    }
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def write_samples(session: Session, on_frame: Callable[[], None]) -> Iterator[tuple[Path, str]]:
+    """Generate the prompts with the fixed seed; yields each wav file's path and prompt.
+
+    `on_frame` is called between frames, and may raise to stop.
+    """
+    config, model = session.config, session.model
+    move(model, "decoder", model.device)
+    try:
+        for number, prompt in enumerate(session.prompts, start=1):
+            wav = sampling.generate(
+                model,
+                prompt,
+                duration_sec=config.sample_duration,
+                overlap_sec=sampling.default_overlap_sec(model),
+                seed=config.seed,
+                on_frame=on_frame,
+            )
+            path = session.output / SAMPLES / f"step_{session.step:06d}_{number}.wav"
+            sampling.write_wav(path, wav[0], model.sample_rate)
+            yield path, prompt
+    finally:
+        move(model, "decoder", "cpu")

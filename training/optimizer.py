@@ -1,0 +1,75 @@
+"""AdamW, with moments of 32 or 8 bits."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from errors import UserError
+from flags.run import Config
+
+BETAS = (0.9, 0.95)
+
+
+def make_optimizer(config: Config, trained: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW without decay on biases and norms (all that are vectors)."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained.values() if p.ndim >= 2]},
+        {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    how: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": BETAS,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise UserError(
+                f"--optimizer=adamw_8bit needs bitsandbytes, which can't be imported ({error}): "
+                "pip install bitsandbytes, or use --optimizer=adamw"
+            ) from None
+        return AdamW8bit(groups, **how)
+    if config.optimizer == "adamw_8bit_bf16":
+        return _stochastically_rounding(groups, how)
+    return torch.optim.AdamW(groups, **how, fused=True)  # for CUDA, MPS and the CPU
+
+
+def _stochastically_rounding(
+    groups: list[dict[str, Any]], how: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """AdamW with 8 bit moments whose updates reach bf16 weights: small ones now and then."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError(
+            f"--optimizer=adamw_8bit_bf16 needs torchao, which can't be imported ({error}): "
+            "pip install torchao, or use --optimizer=adamw_8bit"
+        ) from None
+
+    from torch._dynamo.exc import TorchDynamoException
+
+    on_cpu = groups[0]["params"][0].device.type == "cpu"  # compiling takes a minute there
+
+    class Optimizer(AdamW8bit):
+        def step(self, closure: Any = None) -> Any:
+            try:
+                with torch.compiler.set_stance("force_eager" if on_cpu else "default"):
+                    return super().step(closure)
+            except TorchDynamoException as error:
+                raise UserError(
+                    "--optimizer=adamw_8bit_bf16 is compiled, and that does not work here "
+                    f"({' '.join(str(error).split())[:300]}): install triton and a C "
+                    "compiler, or use --optimizer=adamw_8bit"
+                ) from error
+
+    return Optimizer(groups, **how, bf16_stochastic_round=True)
+
+
+def moments_bytes(config: Config, parameters: int) -> int:
+    """What the optimizer keeps of so many parameters."""
+    if config.optimizer != "adamw":
+        return 2 * parameters + parameters // 32  # and two scales in float32 for each 256
+    return 8 * parameters

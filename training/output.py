@@ -1,0 +1,96 @@
+"""What a run leaves in its folder."""
+
+import re
+import shutil
+from pathlib import Path
+
+from errors import UserError
+from files import check_writable
+
+FINAL = "lm_final.pt"
+LORA = "lora_final"
+LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")  # peft's names
+EMBEDDING = "learned_embeds.safetensors"  # diffusers' name
+RESUME = "resume.pt"
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+PICTURE = "training.png"
+SAMPLES = "samples"
+GIB = 1024**3
+
+
+def checkpoint_path(final: Path, step: int) -> Path:
+    """Example: lm_final.pt -> lm_20.pt, learned_embeds.safetensors -> learned_embeds_20..."""
+    return final.with_stem(f"{final.stem.removesuffix('_final')}_{step}")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The lm_<step>.pt and learned_embeds_<step>.safetensors of a folder, oldest first."""
+    names = re.compile(r"lm_(\d+)\.pt|learned_embeds_(\d+)\.safetensors")
+    found = [(names.fullmatch(path.name), path) for path in folder.glob("*_*.*")]
+    return [path for _, path in sorted((int(m[1] or m[2]), path) for m, path in found if m)]
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints; 0 keeps all."""
+    if keep:
+        for path in checkpoints(folder)[:-keep]:
+            path.unlink()
+
+
+def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse to start over an earlier run's weights. Removes nothing."""
+    check_writable(folder, "--output_dir")
+    if (folder / LORA).is_file():
+        raise UserError(f"{folder / LORA}: is a file; move it away, a folder goes there")
+    made = weights(folder)
+    if made and not resume and not overwrite:
+        go_on = ", --resume=1 to go on with it" if (folder / RESUME) in made else ""
+        names = ", ".join(path.relative_to(folder).as_posix() for path in made[:5])
+        raise UserError(
+            f"--output_dir={folder} holds an earlier run ({names}): give another --output_dir"
+            f"{go_on}, or --overwrite=1 to replace it"
+        )
+
+
+def weights(folder: Path) -> list[Path]:
+    """The files of a run that took time to make."""
+    final = [folder / name for name in (FINAL, EMBEDDING, RESUME)]
+    final += [folder / LORA / name for name in LORA_FILES]
+    return checkpoints(folder) + [path for path in final if path.exists()]
+
+
+def clear_weights(folder: Path) -> None:
+    for path in weights(folder):
+        path.unlink()
+
+
+def clear_samples(folder: Path) -> None:
+    for path in (folder / SAMPLES).glob("step_*.wav"):
+        if re.fullmatch(r"step_\d{6}_\d+\.wav", path.name):
+            path.unlink()
+
+
+def remove_temporary(folder: Path) -> None:
+    """What a killed run may have left half written."""
+    weights = r"lm_\w+\.pt|learned_embeds\w*\.safetensors|resume\.pt"
+    names = re.compile(rf"\.({weights}|run\.json|metrics\.jsonl|training\.png)(\.\d+)?\.tmp")
+    for path in folder.glob(".*.tmp"):
+        if names.fullmatch(path.name):
+            path.unlink()
+    left = ((SAMPLES, ".step_*.wav*.tmp"), (LORA, ".adapter_*.tmp"))
+    for path in (path for name, pattern in left for path in (folder / name).glob(pattern)):
+        path.unlink()
+
+
+def check_space(folder: Path, needed: int, *, replacing: bool) -> None:
+    """Errors: UserError when `needed` bytes are not free, or taken by what will be replaced."""
+    free = shutil.disk_usage(folder).free
+    if replacing:
+        free += sum(path.stat().st_size for path in weights(folder))
+    if free < needed:
+        raise UserError(
+            f"--output_dir={folder}: this run's checkpoints need {needed / GIB:.1f} GiB and "
+            f"{free / GIB:.1f} GiB are free; make room, or use --save_dtype=fp16, a small "
+            "--keep_checkpoints, or another --output_dir"
+        )

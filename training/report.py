@@ -1,0 +1,194 @@
+"""What a person looks at: lines on the screen, metrics.jsonl, training.png, wandb."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+import files
+from errors import UserError
+from flags.run import Config
+from training.output import METRICS, PICTURE
+
+DRAW_EVERY_SEC = 30.0
+DRAW_SHARE = 0.01  # of the time, at the most, goes into pictures
+
+
+class Report:
+    """Of one run, kept by its first process. A row is a dict with `step`; None values are left out.
+
+    Args:
+        last_step: rows beyond this one are of a run that was stopped later than its resume state;
+            they are dropped, and come again. None = nothing is kept.
+        wandb_run: what `start_wandb` gave, if wandb is asked for.
+    """
+
+    def __init__(self, folder: Path, last_step: int | None, wandb_run: Any = None) -> None:
+        self.folder = folder
+        self.path = folder / METRICS
+        self.rows: list[dict[str, Any]] = []
+        if last_step is not None:
+            self.rows = [row for row in read_rows(self.path) if _is_before(row, last_step)]
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        files.write(self.path, lambda file: file.write(lines.encode()))
+        self._file = self.path.open("a", encoding="utf-8")
+        self._next_draw = 0.0
+        self._wandb = wandb_run
+
+    @property
+    def wandb_id(self) -> str | None:
+        return self._wandb.id if self._wandb else None
+
+    def log(self, row: dict[str, Any], line: str) -> None:
+        """One row: to the screen, to metrics.jsonl and to wandb."""
+        print(line, flush=True)
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._wandb:
+            self._wandb.log(_flat(row), step=row["step"])
+        if time.monotonic() >= self._next_draw:
+            self.draw()
+
+    def log_sample(self, step: int, path: Path, prompt: str) -> None:
+        print(f"sample {path}: {prompt}", flush=True)
+        if self._wandb:
+            import wandb
+
+            audio = wandb.Audio(str(path), caption=prompt)
+            self._wandb.log({f"samples/{path.stem.split('_', 2)[-1]}": audio}, step=step)
+
+    def draw(self) -> None:
+        """Bring training.png up to date. That it can't be written is said, and no more."""
+        start = time.monotonic()
+        figure = plot(self.rows)
+        try:
+            files.write(self.folder / PICTURE, lambda file: figure.savefig(file, format="png"))
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
+        took = time.monotonic() - start
+        self._next_draw = time.monotonic() + max(DRAW_EVERY_SEC, took / DRAW_SHARE)
+
+    def close(self, *, failed: bool) -> None:
+        if self.rows:
+            self.draw()
+        self._file.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=int(failed))
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Without `step`, and with a key for each codebook: wandb draws no lists."""
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        if isinstance(value, list):
+            flat |= {f"{key}/{k}": number for k, number in enumerate(value)}
+        elif key != "step":
+            flat[key] = value
+    return flat
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that was cut off by a kill is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def _is_before(row: dict[str, Any], step: int) -> bool:
+    """Whether a row is not made again by a run that goes on after `step` steps."""
+    return row["step"] <= step if "loss" in row else row["step"] < step
+
+
+def plot(rows: list[dict[str, Any]]) -> Figure:
+    """Losses above, learning rate below, over steps."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    trained = [row for row in rows if "loss" in row]
+    validated = [row for row in rows if "valid_loss" in row]
+    steps = [row["step"] for row in trained]
+    losses = [row["loss"] for row in trained]
+    loss.plot(steps, losses, color="tab:blue", alpha=0.35, label="training, each step")
+    loss.plot(steps, _smooth(losses), color="tab:blue", label="training, smoothed")
+    if validated:
+        at = [row["step"] for row in validated]
+        loss.plot(at, [r["valid_loss"] for r in validated], "o-", color="tab:red", label="held out")
+        for k in range(len(validated[0]["valid_loss_codebooks"])):
+            loss.plot(
+                at,
+                [row["valid_loss_codebooks"][k] for row in validated],
+                ":",
+                color="tab:red",
+                alpha=0.5,
+                label="held out, each codebook" if k == 0 else None,
+            )
+    loss.set_ylabel("cross entropy (nats per token)")
+    loss.grid(alpha=0.3)
+    loss.legend()
+    rate.plot(steps, [row["lr"] for row in trained], color="tab:green")
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("optimizer step")
+    rate.xaxis.set_major_locator(MaxNLocator(integer=True))
+    rate.grid(alpha=0.3)
+    return figure
+
+
+def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average that starts at the first value."""
+    out: list[float] = []
+    for n, value in enumerate(values):
+        w = min(weight, n / (n + 1))
+        out.append(w * out[-1] + (1 - w) * value if out else value)
+    return out
+
+
+def start_wandb(config: Config, facts: dict[str, Any], run_id: str | None) -> Any:
+    """A wandb run, or the one with `run_id` again. Errors: UserError if wandb can't start."""
+    import wandb  # only when asked for: it starts a process and wants an account
+
+    try:
+        return wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_name,
+            dir=config.output_dir,
+            config={**config.model_dump(), **facts},
+            id=run_id,
+            resume="allow" if run_id else None,
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"--use_wandb=1: wandb could not start ({error}); run `wandb login` once, or set "
+            "WANDB_MODE=offline, or leave the flag out"
+        ) from None
+
+
+def format_seconds(seconds: float) -> str:
+    """Example: 3725 -> '1:02:05'."""
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
+
+
+def train_line(row: dict[str, Any], total: int, eta_sec: float) -> str:
+    norm = "skipped" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
+    return (
+        f"step {row['step']}/{total}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  grad {norm}  "
+        f"{row['ms']:.0f} ms  {row['clips_per_sec']:.2f} clips/s  eta {format_seconds(eta_sec)}"
+    )
+
+
+def valid_line(row: dict[str, Any], total: int) -> str:
+    codebooks = " ".join(f"{loss:.3f}" for loss in row["valid_loss_codebooks"])
+    return (
+        f"step {row['step']}/{total}  held-out loss {row['valid_loss']:.4f}  perplexity "
+        f"{row['valid_perplexity']:.1f}  codebooks {codebooks}"
+    )
