@@ -1,4 +1,4 @@
-"""A folder of recordings and captions -> clips: `wav [C, samples]`, valid samples, caption.
+"""A folder of recordings and captions -> clips: `wav [C, samples]`, length, caption.
 
 Letters: B batch, C channels, K codebooks, T token frames, F chroma frames, P pitch classes.
 Everything random here is a function of (seed, epoch, file), so that a run can be stopped, resumed
@@ -36,7 +36,7 @@ class Pick:
 
 @dataclass(frozen=True)
 class Clip:
-    """A crop: wav `[C, samples]` at the model's rate, zero after the first `valid_samples`.
+    """A crop: wav `[C, samples]` at the model's rate, zero after its `length` in samples.
 
     From tokens its codes `[K, T]` instead.
 
@@ -44,7 +44,7 @@ class Clip:
     """
 
     wav: torch.Tensor | None
-    valid_samples: int
+    length: int
     caption: str
     name: str
     codes: torch.Tensor | None = None
@@ -53,10 +53,10 @@ class Clip:
 
 
 class Batch(NamedTuple):
-    """wav `[B, C, samples]`, valid samples `[B]`, the clips' captions, names and melodies."""
+    """wav `[B, C, samples]`, lengths `[B]` in samples, the clips' captions, names and melodies."""
 
     wav: torch.Tensor | None
-    valid_samples: torch.Tensor
+    lengths: torch.Tensor
     captions: list[str]
     names: list[str]
     codes: torch.Tensor | None = None  # [B, K, T], instead of wav
@@ -120,7 +120,7 @@ class Clips(Dataset[Clip]):
         unconditional = rng.random() < self.drop_caption  # for classifier-free guidance
         caption = "" if unconditional else self._drop_words(self._caption(track, rng), rng)
         wav = codes = melody = problem = None
-        valid = 0
+        length = 0
         if self.tokens:
             codes = np.zeros((self.tokens.codebooks, self.samples // self.tokens.hop), np.int16)
         else:
@@ -129,11 +129,11 @@ class Clips(Dataset[Clip]):
             if pick.weight and self.tokens and codes is not None:
                 part = self.tokens.crop(track, start, codes.shape[1])
                 codes[:, : part.shape[1]] = part
-                valid = part.shape[1] * self.tokens.hop
+                length = part.shape[1] * self.tokens.hop
             elif pick.weight and wav is not None:
                 crop = audio.read_crop(track.source, start, frames, self.sample_rate, self.channels)
-                valid = min(crop.shape[1], self.samples)
-                wav[:, :valid] = crop[:, :valid]
+                length = min(crop.shape[1], self.samples)
+                wav[:, :length] = crop[:, :length]
             if self.melodies:
                 melody = torch.from_numpy(self.melodies.none)
                 if pick.weight and not unconditional and rng.random() >= self.drop_melody:
@@ -144,7 +144,7 @@ class Clips(Dataset[Clip]):
             problem = f"{track.place}: {error}"
         return Clip(
             wav=None if wav is None else torch.from_numpy(wav),
-            valid_samples=valid,
+            length=length,
             caption=caption,
             name=track.name,
             codes=None if codes is None else torch.from_numpy(codes),
@@ -174,7 +174,7 @@ def collate(clips: list[Clip]) -> Batch:
     """Clips -> one Batch, which carries the first error, if any."""
     return Batch(
         wav=_stack([clip.wav for clip in clips]),
-        valid_samples=torch.tensor([clip.valid_samples for clip in clips]),
+        lengths=torch.tensor([clip.length for clip in clips]),
         captions=[clip.caption for clip in clips],
         names=[clip.name for clip in clips],
         codes=_stack([clip.codes for clip in clips]),

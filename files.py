@@ -62,17 +62,21 @@ def check_writable(folder: Path, flag: str) -> None:
         raise UserError(f"{flag}={folder}: can't be written to ({error.strerror})") from None
 
 
-def check_outside(out: Path, folder: str) -> None:
-    """Errors: UserError if --out is in the folder that is read."""
+def check_outside(path: Path, folder: str, flag: str) -> None:
+    """Errors: UserError if what `flag` names is in the folder that is read."""
     root = Path(folder).resolve()
-    if root in (out.resolve(), *out.resolve().parents):
-        raise UserError(f"--out={out}: is in the folder that is read; name one outside")
+    if root in (path.resolve(), *path.resolve().parents):
+        raise UserError(f"{flag}={path}: is in the folder that is read; name one outside")
 
 
-def temporaries(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """What a killed run has left half written, in folders within too."""
-    names = re.compile(rf"\..+\.({'|'.join(suffixes)})\.\d+\.tmp")
-    return [path for path in folder.rglob(".*.tmp") if names.fullmatch(path.name)]
+def temporaries(folder: Path, names: str, *, within: bool = False) -> list[Path]:
+    """What `write`, when it was killed, has left half written of files that were to be `names`.
+
+    `names` is a regex; `within`: in folders within, too.
+    """
+    half_written = re.compile(rf"\.({names})\.\d+\.tmp")
+    found = (folder.rglob if within else folder.glob)(".*.tmp")
+    return [path for path in found if half_written.fullmatch(path.name)]
 
 
 def cache_folder(kind: str) -> Path:

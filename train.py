@@ -9,6 +9,7 @@ import signal
 import statistics
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +20,14 @@ from errors import UserError, first_lines
 from flags.run import Config
 from musicgen.device import to_device
 from musicgen.loss import token_counts
+from training import output
 from training.evaluate import eval_mode, validate, write_samples
-from training.output import RESUME, checkpoint_path, clear_weights, prune
+from training.optimizer import learning_rate, set_learning_rate
 from training.plan import train_batches
 from training.report import train_line, valid_line
+from training.resume import save_resume
 from training.session import Session
-from training.start import start
+from training.start import announce, start
 from training.stop import StopSignals, handled_by, say
 
 
@@ -39,6 +42,8 @@ def train(config: Config) -> None:
     leaves a resume state of the last whole step; a non-finite loss only if there is none yet.
     """
     run = start(config)
+    if run.accelerator.is_main_process:
+        announce(run)
     first_step, failed = run.step, True
     stop = StopSignals(run.accelerator)
     rank = run.accelerator.process_index
@@ -67,91 +72,102 @@ def train(config: Config) -> None:
 
 def _save_what_there_is(run: Session, error: BaseException) -> None:
     """After an error: the resume state of the last whole step, if the weights are of one."""
-    path = run.output / RESUME
+    path = run.output / output.RESUME
     if not run.is_whole:
         say(run.accelerator, f"stopped while the weights were changing: {path} is left as it was")
     elif isinstance(error, NonFinite) and path.exists():
         say(run.accelerator, f"{path} is left as it was")  # the newer state may be bad already
     else:
         say(run.accelerator, f"stopped after step {run.step} of {run.total}; saving {path}")
-        run.save_resume()
+        save_resume(run)
         say(run.accelerator, "saved: go on with the same flags and --resume=1 (not --overwrite)")
 
 
 def _loop(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> None:
-    config, accelerator, lm, optimizer = run.config, run.accelerator, run.model.lm, run.optimizer
-    device, rank = accelerator.device, accelerator.process_index
-    parameters = list(run.trained.values())
+    """Do what is due, take a step, log it."""
     seconds: list[float] = []  # of each step
-    lm.train()
+    run.model.lm.train()
     while True:
         _do_what_is_due(run, stop)
         if run.step == run.total:
             break
         began = time.perf_counter()
-        # All that is random in a step follows from its number, so there is no state to save.
-        torch.manual_seed(_seed(config.seed, run.step, rank))
-        learning_rate = run.learning_rate()
-        for group in optimizer.param_groups:
-            if torch.is_tensor(group["lr"]):  # torchao's: another number would be compiled anew
-                group["lr"].fill_(learning_rate)
-            else:
-                group["lr"] = learning_rate
-
-        micro_batches = [next(batches) for _ in run.plan.batches(run.step, rank)]
-        valid = [run.valid_frames(batch.valid_samples) for batch in micro_batches]
-        # Tokens of each codebook in the whole step, all processes: [K]. Needed before the first
-        # backward pass, so that micro-batches weigh by their tokens.
-        counts = token_counts(lm, torch.cat(valid), run.frames)
-        counts = accelerator.reduce(to_device(counts, device))
-        losses = []  # [B, K] of each micro-batch
-        for i, batch in enumerate(micro_batches):
-            stop.check()
-            codes = run.codes(batch)
-            text, mask = run.text_encoder(batch.captions, device)
-            waits = i + 1 < len(micro_batches)  # DDP sums gradients in the last backward pass only
-            with accelerator.no_sync(run.module) if waits else contextlib.nullcontext():
-                melody = None if batch.melody is None else to_device(batch.melody, device)
-                loss = run.module(codes, to_device(valid[i], device), text, mask, melody)
-                # Mean over tokens, then codebooks; DDP will divide by the number of processes.
-                mean = (loss.sum(0) / counts).mean() * accelerator.num_processes
-                accelerator.backward(mean)
-            losses.append(loss.detach())
-        grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-
-        local = torch.cat(losses).sum(0)
-        shared = accelerator.reduce(torch.cat([local, local.new_tensor([float(stop.requested)])]))
-        # note: the loop's one CPU-GPU sync point; the finite check and the log need the numbers.
-        *codebooks, stop_asked, norm = torch.cat(
-            [shared[:-1] / counts, shared[-1:], grad_norm.reshape(1)]
-        ).tolist()
-        _check_finite(codebooks, norm, losses, micro_batches, run)
-
-        with run.update():
-            # adamw_8bit_bf16 rounds at random: alike in all processes, or their weights would part.
-            torch.manual_seed(_seed(config.seed, run.step, 0, 1))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if run.ema:
-                run.ema.update()
-        if run.report and config.overwrite and run.step == 1:
-            clear_weights(run.output)  # the run works: now they may go
+        row, stop_asked = _step(run, stop, batches)
+        if run.report and run.config.overwrite and run.step == 1:
+            output.clear_weights(run.output)  # the run works: now they may go
 
         seconds.append(time.perf_counter() - began)
         if run.report:
-            row = {
-                "step": run.step,
-                "loss": statistics.fmean(codebooks),
-                "loss_codebooks": codebooks,
-                "lr": learning_rate,
-                "grad_norm": norm if math.isfinite(norm) else None,  # fp16: a skipped update
-                "ms": seconds[-1] * 1000,
-                "clips_per_sec": len(run.plan.step(run.step - 1)) / seconds[-1],
-            }
+            row["ms"] = seconds[-1] * 1000
+            row["clips_per_sec"] = len(run.plan.step(run.step - 1)) / seconds[-1]
             eta = statistics.median(seconds[-50:]) * (run.total - run.step)
             run.report.log(row, train_line(row, run.total, eta))
         if stop_asked:
             raise KeyboardInterrupt
+
+
+def _step(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> tuple[dict[str, Any], bool]:
+    """Take one optimizer step; returns its row for the log, and whether to stop after it.
+
+    Errors: NonFinite, before the weights change.
+    """
+    config, accelerator, rank = run.config, run.accelerator, run.accelerator.process_index
+    # All that is random in a step follows from its number, so there is no state to save.
+    torch.manual_seed(_seed(config.seed, run.step, rank))
+    rate = learning_rate(config, run.step, run.total, run.warmup)
+    set_learning_rate(run.optimizer, rate)
+
+    micro_batches = [next(batches) for _ in run.plan.batches(run.step, rank)]
+    # Tokens of each codebook in the whole step, all processes: [K]. Needed before the first
+    # backward pass, so that micro-batches weigh by their tokens.
+    lengths = torch.cat([run.lengths(batch) for batch in micro_batches])
+    counts = token_counts(run.model.lm, lengths, run.frames)
+    counts = accelerator.reduce(to_device(counts, accelerator.device))
+    losses = []  # [B, K] of each micro-batch
+    for i, batch in enumerate(micro_batches):
+        stop.check()
+        losses.append(_backward(run, batch, counts, is_last=i + 1 == len(micro_batches)))
+    parameters = list(run.trained.values())
+    grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+
+    local = torch.cat(losses).sum(0)
+    shared = accelerator.reduce(torch.cat([local, local.new_tensor([float(stop.requested)])]))
+    # note: the loop's one CPU-GPU sync point; the finite check and the log need the numbers.
+    *codebooks, stop_asked, norm = torch.cat(
+        [shared[:-1] / counts, shared[-1:], grad_norm.reshape(1)]
+    ).tolist()
+    _check_finite(codebooks, norm, losses, micro_batches, run)
+
+    with run.update():
+        # adamw_8bit_bf16 rounds at random: alike in all processes, or their weights would part.
+        torch.manual_seed(_seed(config.seed, run.step, 0, 1))
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        if run.ema:
+            run.ema.update()
+    row = {
+        "step": run.step,
+        "loss": statistics.fmean(codebooks),
+        "loss_codebooks": codebooks,
+        "lr": rate,
+        "grad_norm": norm if math.isfinite(norm) else None,  # fp16: a skipped update
+    }
+    return row, bool(stop_asked)
+
+
+def _backward(run: Session, batch: Batch, counts: torch.Tensor, *, is_last: bool) -> torch.Tensor:
+    """Add a micro-batch's gradients; returns its losses `[B, K]`. `counts` are the step's tokens.
+
+    DDP sums the gradients of all processes in the last backward pass of a step only.
+    """
+    accelerator = run.accelerator
+    inputs = run.inputs(batch)
+    with contextlib.nullcontext() if is_last else accelerator.no_sync(run.module):
+        loss = run.module(*inputs)
+        # Mean over tokens, then codebooks; DDP will divide by the number of processes.
+        mean = (loss.sum(0) / counts).mean() * accelerator.num_processes
+        accelerator.backward(mean)
+    return loss.detach()
 
 
 def _do_what_is_due(run: Session, stop: StopSignals) -> None:
@@ -164,7 +180,7 @@ def _do_what_is_due(run: Session, stop: StopSignals) -> None:
     def is_due(every: int | None) -> bool:
         return every is not None and every > 0 and (last or step % every == 0)
 
-    validates = bool(run.valid_clips.tracks) and is_due(run.valid_step)
+    validates = bool(run.held_out.tracks) and is_due(run.valid_step)
     samples = run.report and is_due(config.sample_step)
     saves = run.report and config.save_step and step and step % config.save_step == 0
     if validates or samples or saves or last:
@@ -177,14 +193,14 @@ def _do_what_is_due(run: Session, stop: StopSignals) -> None:
                 for path, prompt in write_samples(run, stop.check):
                     run.report.log_sample(step, path, prompt)
             if saves:
-                run.save_weights(checkpoint_path(run.final, step))
-                prune(run.output, config.keep_checkpoints)
+                run.tuning.save(run.model.lm, output.checkpoint_path(run.final, step))
+                output.prune(run.output, config.keep_checkpoints)
             if run.report and last:
-                run.save_final()
+                run.tuning.save_final(run.model.lm, run.output)
     if saves or (run.report and last and config.save_step):
-        run.save_resume(is_finished=last)
+        save_resume(run, is_finished=last)
     elif run.report and last:  # of an earlier, interrupted part of this run
-        (run.output / RESUME).unlink(missing_ok=True)
+        (run.output / output.RESUME).unlink(missing_ok=True)
 
 
 def _check_finite(

@@ -112,7 +112,7 @@ def lengths(minutes: int = 60, crops: int = 60) -> None:
                 start = time.perf_counter()
                 clip = clips[Pick(epoch, index)]
                 taken.append(1000 * (time.perf_counter() - start))
-                assert clip.valid_samples == clips.samples and not clip.error
+                assert clip.length == clips.samples and not clip.error
     short, long = (statistics.median(taken[1:]) for taken in milliseconds)
     print(f"a {CROP_SEC} s crop of 1 min   {short:8.1f} ms, median of {crops} random crops")
     print(f"a {CROP_SEC} s crop of {minutes} min  {long:8.1f} ms, ratio {long / short:.3f}")

@@ -52,11 +52,8 @@ def check(config: CheckConfig) -> bool:
     """
     root = Path(config.folder)
     target = Path(config.fix) if config.fix else None
-    if target and (
-        target.resolve() == root.resolve() or root.resolve() in target.resolve().parents
-    ):
-        raise UserError(f"--fix={target}: is in the folder that is looked at; name one outside")
     if target:
+        files.check_outside(target, config.folder, "--fix")
         files.check_writable(target, "--fix")
         if any(target.iterdir()):
             raise UserError(f"--fix={target}: holds files already; name a new folder")

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 import files
+from commands.folder import begin
 from errors import UserError, first_lines
 from flags.prepare import CleanConfig
 from recordings import audio, captions, scan
@@ -108,24 +109,11 @@ def clean(config: CleanConfig) -> bool:
 
 def _start(config: CleanConfig, out: Path) -> dict[str, Any]:
     """The record of a new folder, or of one that a run with the same flags was stopped in."""
-    root = Path(config.folder).resolve()
-    if root in (out.resolve(), *out.resolve().parents):
-        raise UserError(f"--out={out}: is in the folder that is cleaned; name one outside")
-    files.check_writable(out, "--out")
-    flags = {"folder": str(root), **config.model_dump(exclude={"folder", "out", "device"})}
-    record = files.read_json(out / RECORD)
-    half_written = files.temporaries(out, ("flac", "txt", "json"))
-    if set(out.iterdir()) <= set(half_written):
-        record = {"flags": flags, "done": {}, "begun": None}
-        files.write_json(out / RECORD, record)
-    elif not record or record["flags"] != flags:
-        raise UserError(
-            f"--out={out}: holds files already, which are not of a run with these flags; name a "
-            "new folder"
-        )
-    for path in half_written:
-        path.unlink()
-    return record
+    files.check_outside(out, config.folder, "--out")
+    root = str(Path(config.folder).resolve())
+    flags = {"folder": root, **config.model_dump(exclude={"folder", "out", "device"})}
+    new = {"flags": flags, "done": {}, "begun": None}
+    return begin(out, RECORD, new, key="flags", suffixes="flac|txt|json")
 
 
 def _stem(name: str) -> str:

@@ -30,7 +30,7 @@ def encode(config: EncodeConfig) -> bool:
     Errors: UserError that names what can't be used, or a file in the way.
     """
     out = Path(config.out)
-    files.check_outside(out, config.folder)
+    files.check_outside(out, config.folder, "--out")
     tracks = scan.scan(
         config.folder,
         with_captions=not config.no_label,
@@ -52,7 +52,7 @@ def encode(config: EncodeConfig) -> bool:
                 f"--model_id={config.model_id}: name a new folder"
             )
     files.check_writable(out, "--out")
-    for path in files.temporaries(out, ("safetensors", "txt", "json")):
+    for path in files.temporaries(out, r".+\.(safetensors|txt|json)", within=True):
         path.unlink()
 
     new, replaced = 0, list[str]()

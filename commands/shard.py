@@ -17,6 +17,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 import files
+from commands.folder import begin
 from errors import UserError
 from flags.prepare import ShardConfig
 from recordings import captions, scan, shards
@@ -33,7 +34,7 @@ def shard(config: ShardConfig) -> bool:
     Errors: UserError that names what can't be used, or a file in the way.
     """
     out = Path(config.out)
-    files.check_outside(out, config.folder)
+    files.check_outside(out, config.folder, "--out")
     tracks = scan.scan(
         config.folder,
         with_captions=not config.no_label,
@@ -95,7 +96,6 @@ def _start(out: Path, plan: list[Part]) -> str:
 
     Errors: UserError.
     """
-    files.check_writable(out, "--out")
     digest = hashlib.sha256()
     for part in plan:
         facts = [
@@ -103,19 +103,8 @@ def _start(out: Path, plan: list[Part]) -> str:
             for key, (track, beside) in part.items()
         ]
         digest.update(json.dumps(facts).encode())
-    record = files.read_json(out / RECORD)
-    half_written = files.temporaries(out, ("tar", "json"))
-    if set(out.iterdir()) <= set(half_written):
-        record = {"plan": digest.hexdigest(), "name": out.resolve().name.lstrip(".") or "shard"}
-        files.write_json(out / RECORD, record)
-    elif not isinstance(record, dict) or record.get("plan") != digest.hexdigest():
-        raise UserError(
-            f"--out={out}: holds files already, which are no shards of this folder as it is now "
-            "with these flags: name a new folder"
-        )
-    for path in half_written:
-        path.unlink()
-    return str(record["name"])
+    new = {"plan": digest.hexdigest(), "name": out.resolve().name.lstrip(".") or "shard"}
+    return str(begin(out, RECORD, new, key="plan", suffixes="tar|json")["name"])
 
 
 def _files(part: Part) -> Iterator[tuple[str, int, Source | bytes]]:

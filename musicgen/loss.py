@@ -30,13 +30,13 @@ class TokenLoss(nn.Module):
     def forward(
         self,
         codes: torch.Tensor,  # [B, K, T]
-        valid_frames: torch.Tensor,  # [B]
+        lengths: torch.Tensor,  # [B]
         text: torch.Tensor,  # [B, L, width of T5]
         text_mask: torch.Tensor,  # [B, L]
         melody: torch.Tensor | None = None,  # [B, F, P], for melody models; None = no melody
     ) -> torch.Tensor:
         """Sum of cross entropies (nats) over each clip's valid tokens, `[B, K]`."""
-        padding = torch.arange(codes.shape[-1], device=codes.device) >= valid_frames[:, None]
+        padding = torch.arange(codes.shape[-1], device=codes.device) >= lengths[:, None]
         codes = codes.masked_fill(padding[:, None], self.lm.special_token_id)  # padding: [B, T]
         sequence = _interleave(self.lm, codes, self.lm.special_token_id)  # [B, K, T] -> [B, K, S]
         return self.of_sequence(sequence, text, text_mask, melody)
@@ -106,7 +106,7 @@ def _behind_prefix(
     return both.gather(1, source[..., None].expand_as(both)), (start + steps)[..., None]
 
 
-def token_counts(lm: LMModel, valid_frames: torch.Tensor, frames: int) -> torch.Tensor:
+def token_counts(lm: LMModel, lengths: torch.Tensor, frames: int) -> torch.Tensor:
     """How many tokens of each codebook are trained on, `[K]`, for clips of `frames` frames.
 
     The last frames of delayed codebooks are outside of the pattern's valid steps.
@@ -114,7 +114,7 @@ def token_counts(lm: LMModel, valid_frames: torch.Tensor, frames: int) -> torch.
     """
     index = torch.arange(frames).expand(1, lm.num_codebooks, frames).contiguous()
     sequence = _interleave(lm, index, frames)  # [1, K, S], of frame numbers
-    return (sequence < valid_frames.cpu()[:, None, None]).sum((0, 2))
+    return (sequence < lengths.cpu()[:, None, None]).sum((0, 2))
 
 
 def _interleave(lm: LMModel, codes: torch.Tensor, special: int) -> torch.Tensor:

@@ -12,10 +12,9 @@ from torch import nn
 
 from musicgen import sampling
 from musicgen.codec import move
-from musicgen.device import to_device
 from musicgen.loss import TokenLoss, token_counts
 from training.output import SAMPLES
-from training.plan import valid_batches
+from training.plan import held_out_batches
 from training.session import Session
 
 
@@ -38,8 +37,8 @@ def validate(session: Session, on_batch: Callable[[], None]) -> dict[str, Any]:
     accelerator, lm = session.accelerator, session.model.lm
     loss_module = TokenLoss(lm)
     sums = torch.zeros(2, lm.num_codebooks, device=accelerator.device)  # losses, tokens
-    batches = valid_batches(
-        session.valid_clips,
+    batches = held_out_batches(
+        session.held_out,
         session.config.batch_size,
         rank=accelerator.process_index,
         processes=accelerator.num_processes,
@@ -48,14 +47,12 @@ def validate(session: Session, on_batch: Callable[[], None]) -> dict[str, Any]:
     with contextlib.closing(batches):
         for batch in batches:
             on_batch()
-            valid = session.valid_frames(batch.valid_samples)
-            codes = session.codes(batch)
-            text, mask = session.text_encoder(batch.captions, accelerator.device)
-            melody = None if batch.melody is None else to_device(batch.melody, accelerator.device)
+            inputs = session.inputs(batch)
             with accelerator.autocast():
-                losses = loss_module(codes, valid.to(accelerator.device), text, mask, melody)
+                losses = loss_module(*inputs)
             sums[0] += losses.sum(0)
-            sums[1] += token_counts(lm, valid, session.frames).to(accelerator.device)
+            counts = token_counts(lm, session.lengths(batch), session.frames)
+            sums[1] += counts.to(accelerator.device)
     sums = accelerator.reduce(sums)
     codebooks = (sums[0] / sums[1]).tolist()
     loss = statistics.fmean(codebooks)

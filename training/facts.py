@@ -9,60 +9,73 @@ from training.report import format_seconds
 from training.session import Session
 
 
-def facts_of(session: Session, precision: str) -> dict[str, str]:
+def facts_of(session: Session) -> dict[str, str]:
     """What a person wants to know before the first step, a line each."""
-    config, plan, tracks = session.config, session.plan, session.clips.tracks
-    crop_sec = session.frames / session.model.frame_rate
-    short = sum(track.duration_sec < crop_sec for track in tracks)
-    lengths = f"crops of {crop_sec:g} s"
-    if short:
-        lengths += f"; {short} shorter files are padded, the padding is not trained on"
-    if tracks[0].codec:
-        lengths += "; taken from files of tokens, nothing is encoded"
-        lengths += " (--cache_tokens=1 adds nothing)" if config.cache_tokens else ""
-    elif config.cache_tokens:
-        lengths += "; taken from the tokens of whole recordings"
-    warmup = f"{session.warmup}"
-    if session.warmup < config.warmup_steps:
-        warmup += f" (shortened from {config.warmup_steps}: the run has {session.total} steps)"
-    trained = sum(p.numel() for p in session.trained.values())
-    everything = sum(p.numel() for p in session.model.lm.parameters())
-    held_out = session.valid_clips.tracks
-    captions = _caption_facts(config, tracks)
-    if config.use_cfg:
-        captions += f", dropped with probability {config.cfg_p:g}"
-    if melody_conditioner(session.model.lm):
-        has = f"the clips' own, dropped with probability {config.drop_melody:g}"
-        captions += f"; melodies: {has if session.clips.melodies else 'none'}"
-    adapters = ""
-    if config.lora_rank:
-        adapters = f" as LoRA of rank {config.lora_rank}"
-        if "lr" not in config.model_fields_set:
-            adapters += f"; --lr={config.lr:g} is for all weights, LoRA usually takes 1e-4"
-    learning = f"{trained / 1e6:.1f} M trained{adapters}"
-    if session.new_word:
-        captions += f"; {session.new_word.word} goes in front of those without it"
-        learning = f"{trained} numbers trained, the vector of {session.new_word.word}"
-        if "lr" not in config.model_fields_set:
-            learning += f"; --lr={config.lr:g} is for all weights, this usually takes "
-            learning += f"{session.new_word.usual_lr():.0e}"
+    config, plan = session.config, session.plan
+    tracks, held_out = session.clips.tracks, session.held_out.tracks
+    epochs = session.total / plan.steps_per_epoch
     facts = {
-        "data": f"{len(tracks)} files, {format_seconds(_seconds(tracks))} of audio, {lengths}",
+        "data": f"{len(tracks)} files, {format_seconds(_seconds(tracks))} of audio, "
+        f"{_crop_facts(session)}",
         "held out": f"{len(held_out)} files, {format_seconds(_seconds(held_out))}, every "
         f"{session.valid_step} steps"
         if held_out
         else "none (see --valid_split)",
-        "captions": captions,
-        "model": f"{config.model_id}, {everything / 1e6:.1f} M parameters, {learning}",
+        "captions": _condition_facts(session),
+        "model": _model_facts(session),
         "device": f"{session.accelerator.device}, {session.accelerator.num_processes} process(es)",
-        "precision": precision,
+        "precision": session.precision,
         "batch": f"{plan.clips_per_step} clips a step: {config.batch_size} x {config.grad_acc} "
         f"accumulated x {plan.processes} process(es)",
-        "steps": f"{session.total}: {plan.steps_per_epoch} an epoch, "
-        f"{session.total / plan.steps_per_epoch:g} epochs; warm-up {warmup}",
+        "steps": f"{session.total}: {plan.steps_per_epoch} an epoch, {epochs:g} epochs; "
+        f"warm-up {_warmup_facts(session)}",
         "output": str(session.output),
     }
+    return facts | ({"resumed": session.resumed} if session.resumed else {})
+
+
+def _crop_facts(session: Session) -> str:
+    config, tracks = session.config, session.clips.tracks
+    crop_sec = session.frames / session.model.frame_rate
+    facts = f"crops of {crop_sec:g} s"
+    if short := sum(track.duration_sec < crop_sec for track in tracks):
+        facts += f"; {short} shorter files are padded, the padding is not trained on"
+    if tracks[0].codec:
+        facts += "; taken from files of tokens, nothing is encoded"
+        facts += " (--cache_tokens=1 adds nothing)" if config.cache_tokens else ""
+    elif config.cache_tokens:
+        facts += "; taken from the tokens of whole recordings"
     return facts
+
+
+def _condition_facts(session: Session) -> str:
+    config = session.config
+    facts = _caption_facts(config, session.clips.tracks)
+    if config.use_cfg:
+        facts += f", dropped with probability {config.cfg_p:g}"
+    if melody_conditioner(session.model.lm):
+        has = f"the clips' own, dropped with probability {config.drop_melody:g}"
+        facts += f"; melodies: {has if session.clips.melodies else 'none'}"
+    if config.placeholder:
+        facts += f"; {config.placeholder} goes in front of those without it"
+    return facts
+
+
+def _model_facts(session: Session) -> str:
+    config, tuning = session.config, session.tuning
+    everything = sum(p.numel() for p in session.model.lm.parameters())
+    trained = tuning.describe(sum(p.numel() for p in session.trained.values()))
+    facts = f"{config.model_id}, {everything / 1e6:.1f} M parameters, {trained}"
+    if tuning.usual_lr and "lr" not in config.model_fields_set:
+        facts += f"; --lr={config.lr:g} is for all weights, {tuning.usual_lr}"
+    return facts
+
+
+def _warmup_facts(session: Session) -> str:
+    asked = session.config.warmup_steps
+    if session.warmup < asked:
+        return f"{session.warmup} (shortened from {asked}: the run has {session.total} steps)"
+    return f"{session.warmup}"
 
 
 def _caption_facts(config: Config, tracks: list[Track]) -> str:

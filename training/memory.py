@@ -24,7 +24,7 @@ from musicgen.codec import WINDOW_SEC
 from musicgen.loss import TokenLoss
 from musicgen.skeleton import build_encoder, build_lm, frame_rate, make_fake
 from training.optimizer import moments_bytes
-from training.tuning import layers_dtype, set_up_training
+from training.tuning import tuning_of
 
 Configs = tuple[Any, Any, Any]  # configs of language model, codec and text encoder
 CPU = torch.device("cpu")
@@ -149,9 +149,10 @@ class _Measured(NamedTuple):
 def language_model(config: Config, model: Configs, layers: int, dtype: torch.dtype) -> Any:
     """A language model of so many layers on the meta device, set up as for training."""
     cfg, _, t5_cfg = model
-    lm = build_lm(cfg, t5_cfg, layers, layers_dtype(config, dtype))
+    tuning = tuning_of(config)
+    lm = build_lm(cfg, t5_cfg, layers, tuning.layers_dtype(dtype))
     with torch.device("meta"):
-        set_up_training(config, lm)
+        tuning.prepare(lm)
     return lm.train()
 
 

@@ -1,5 +1,6 @@
 """AdamW, with moments of 32 or 8 bits."""
 
+import math
 from typing import Any
 
 import torch
@@ -66,6 +67,27 @@ def _stochastically_rounding(
                 ) from error
 
     return Optimizer(groups, **how, bf16_stochastic_round=True)
+
+
+def learning_rate(config: Config, step: int, total: int, warmup: int) -> float:
+    """Of step `step` (from 0) of `total`: linear warm-up, then as --lr_scheduler says."""
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)  # 0 <= done < 1
+    factor = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+    }
+    return config.lr * factor[config.lr_scheduler]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):  # torchao's: another number would be compiled anew
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
 
 
 def moments_bytes(config: Config, parameters: int) -> int:

@@ -4,8 +4,8 @@ import re
 import shutil
 from pathlib import Path
 
+import files
 from errors import UserError
-from files import check_writable
 
 FINAL = "lm_final.pt"
 LORA = "lora_final"
@@ -40,7 +40,7 @@ def prune(folder: Path, keep: int) -> None:
 
 def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse to start over an earlier run's weights. Removes nothing."""
-    check_writable(folder, "--output_dir")
+    files.check_writable(folder, "--output_dir")
     if (folder / LORA).is_file():
         raise UserError(f"{folder / LORA}: is a file; move it away, a folder goes there")
     made = weights(folder)
@@ -71,16 +71,17 @@ def clear_samples(folder: Path) -> None:
             path.unlink()
 
 
-def remove_temporary(folder: Path) -> None:
-    """What a killed run may have left half written."""
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a killed run may have left half written."""
     weights = r"lm_\w+\.pt|learned_embeds\w*\.safetensors|resume\.pt"
-    names = re.compile(rf"\.({weights}|run\.json|metrics\.jsonl|training\.png)(\.\d+)?\.tmp")
-    for path in folder.glob(".*.tmp"):
-        if names.fullmatch(path.name):
+    left = {
+        folder: rf"{weights}|run\.json|metrics\.jsonl|training\.png",
+        folder / SAMPLES: r"step_\d{6}_\d+\.wav",
+        folder / LORA: "|".join(map(re.escape, LORA_FILES)),
+    }
+    for place, names in left.items():
+        for path in files.temporaries(place, names):
             path.unlink()
-    left = ((SAMPLES, ".step_*.wav*.tmp"), (LORA, ".adapter_*.tmp"))
-    for path in (path for name, pattern in left for path in (folder / name).glob(pattern)):
-        path.unlink()
 
 
 def check_space(folder: Path, needed: int, *, replacing: bool) -> None:

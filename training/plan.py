@@ -79,7 +79,7 @@ def train_batches(
     return _read(clips, picks, workers)
 
 
-def valid_batches(
+def held_out_batches(
     clips: Clips, batch_size: int, *, rank: int, processes: int, workers: int
 ) -> Generator[Batch, None, None]:
     """Every track's crop of epoch 0, always the same one, shared among the processes."""

@@ -1,4 +1,4 @@
-"""The state that a stopped run goes on from."""
+"""The state that a stopped run goes on from: written, read, taken over."""
 
 import hashlib
 import json
@@ -10,8 +10,11 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from errors import UserError
+from flags.run import Config
+from musicgen.weights import save_tensors
 from recordings.track import Track
 from training.output import RESUME
+from training.session import Session
 
 # What may differ when a run is resumed (batch_size and grad_acc: if their product is the same);
 # every other flag shapes the training.
@@ -24,7 +27,26 @@ FREE_TO_CHANGE = {
 }
 
 
+def save_resume(session: Session, *, is_finished: bool = False) -> None:
+    """Write what `--resume=1` needs. Random states are none: they follow from the step."""
+    scaler = session.accelerator.scaler
+    state = {
+        "step": session.step,
+        "is_finished": is_finished,  # the final file is of this step
+        "config": session.config.model_dump(),
+        "clips_per_step": session.plan.clips_per_step,
+        "tracks": fingerprint(session.clips.tracks),
+        "weights": {name: p.detach() for name, p in session.trained.items()},
+        "optimizer": session.optimizer.state_dict(),
+        "ema": session.ema.state_dict() if session.ema else None,
+        "scaler": scaler.state_dict() if scaler else None,
+        "wandb_id": session.report.wandb_id if session.report else None,
+    }
+    save_tensors(session.output / RESUME, state)
+
+
 def load_resume(folder: Path) -> dict[str, Any]:
+    """Read a run's resume state. Errors: UserError if there is none, or it can't be read."""
     path = folder / RESUME
     if not path.exists():
         raise UserError(
@@ -45,7 +67,62 @@ def load_resume(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def fingerprint(tracks: Iterable["Track"]) -> str:
+def restore(session: Session, state: dict[str, Any]) -> None:
+    """Take over a resume state. Errors: UserError if it is of another run than the flags'."""
+    _check_same_run(session, state)
+    with torch.no_grad():
+        for name, parameter in session.trained.items():
+            parameter.copy_(state["weights"][name])
+    session.optimizer.load_state_dict(state["optimizer"])
+    if session.ema:
+        session.ema.load_state_dict(state["ema"])
+    if session.accelerator.scaler and state["scaler"]:
+        session.accelerator.scaler.load_state_dict(state["scaler"])
+    session.step = state["step"]
+    session.wandb_id = state["wandb_id"]
+    session.resumed = _describe(session, state)
+
+
+def _check_same_run(session: Session, state: dict[str, Any]) -> None:
+    config, old = session.config, Config.model_construct(**state["config"])
+    changes = [
+        f"--{name}={getattr(config, name)}, was {getattr(old, name)}"
+        for name in Config.model_fields
+        if name not in FREE_TO_CHANGE and getattr(config, name) != getattr(old, name)
+    ]
+    if state["clips_per_step"] != session.plan.clips_per_step:
+        changes.append(
+            f"{session.plan.clips_per_step} clips in a step (batch_size x grad_acc x processes), "
+            f"were {state['clips_per_step']}"
+        )
+    if changes:
+        raise UserError(
+            "--resume=1 goes on with the run in "
+            f"{session.output}, but this has changed: {'; '.join(changes)}.\nPut it back, or "
+            "start anew with another --output_dir or --overwrite=1"
+        )
+    total = session.total
+    if state["step"] > total or (state["step"] == total and state["is_finished"]):
+        raise UserError(
+            f"the run in {session.output} is finished ({state['step']} of {total} steps): "
+            "raise --epochs or --max_steps to train on"
+        )
+
+
+def _describe(session: Session, state: dict[str, Any]) -> str:
+    """Say from where a run goes on, and what is not as it was."""
+    old, new = state["config"], session.config.model_dump()
+    changed = [
+        f"--{name} is {new[name]}, was {old[name]}"
+        for name in ("lr", "precision", "max_grad_norm", "epochs", "max_steps")
+        if new[name] != old[name]
+    ]
+    if state["tracks"] != fingerprint(session.clips.tracks):
+        changed.append("the dataset has changed since")
+    return "; ".join([f"after step {session.step}", *changed])
+
+
+def fingerprint(tracks: Iterable[Track]) -> str:
     """Of what a run trains on: names, lengths and captions, with the fields that some have."""
     facts = [
         (t.name, t.sample_rate, t.frames, t.caption)

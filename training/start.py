@@ -1,133 +1,113 @@
-"""Config -> Session: load and check all that a run needs.
+"""Flags -> a Session: load and check all that a run needs; then announce it.
 
 Letters: T token frames.
 """
 
 from pathlib import Path
-from typing import Any
 
 import files
 from flags.run import Config
-from musicgen import load
-from musicgen.codec import move
+from musicgen import codec, load
 from musicgen.hub import portable_id
 from musicgen.loss import TokenLoss
 from musicgen.text import TextEncoder
 from musicgen.weights import DTYPES
+from training import output
 from training.accelerator import start_accelerator
 from training.data import crop_frames, find_melodies, find_tokens, make_clips, scan_dataset
 from training.ema import EMA
 from training.facts import facts_of
 from training.optimizer import make_optimizer, moments_bytes
-from training.output import (
-    RUN,
-    check_output,
-    check_space,
-    clear_samples,
-    remove_temporary,
-)
 from training.plan import make_plan
 from training.report import Report, start_wandb
-from training.resume import fingerprint, load_resume
+from training.resume import load_resume, restore
 from training.session import Session
-from training.tuning import layers_dtype, make_word, set_up_training
+from training.tuning import tuning_of
 
 
 def start(config: Config) -> Session:
-    """Load and check all that a run needs, in the order of what fails soonest, and say so."""
-    output = Path(config.output_dir)
-    tracks, held_out = scan_dataset(config)
-    check_output(output, resume=config.resume, overwrite=config.overwrite)
-    state = load_resume(output) if config.resume else None
+    """Load and check all that a run needs, what fails soonest first; print and delete nothing.
 
-    accelerator, precision, why_precision = start_accelerator(config)
-    model = load.load_model(
-        config.model_id,
-        accelerator.device,
-        layers_dtype=layers_dtype(config, DTYPES[precision]),
-    )
-    lm = model.lm
-    move(model, "decoder", "cpu")  # only samples need it, see write_samples
+    Errors: UserError for what the user can mend.
+    """
+    folder = Path(config.output_dir)
+    tracks, held_out = scan_dataset(config)
+    output.check_output(folder, resume=config.resume, overwrite=config.overwrite)
+    state = load_resume(folder) if config.resume else None
+
+    tuning = tuning_of(config)
+    accelerator, precision, why = start_accelerator(config)
+    layers_dtype = tuning.layers_dtype(DTYPES[precision])
+    model = load.load_model(config.model_id, accelerator.device, layers_dtype=layers_dtype)
+    codec.move(model, "decoder", "cpu")  # only samples need it, see write_samples
     tokens = find_tokens(config, model, tracks + held_out, accelerator)
     melodies = find_melodies(config, model, tracks + held_out, accelerator)
-    adapter = set_up_training(config, lm)
-    trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
-    loss_module = TokenLoss(lm)
-    new_word = make_word(config, model) if config.placeholder else None
-    if new_word:
-        trained["placeholder"] = new_word.vector
+
+    tuning.prepare(model.lm)
+    trained = tuning.trained(model.lm)
+    loss = TokenLoss(model.lm)
+    if tuning.new_word:
         # Its gradient comes with the text, from outside; DDP sums those of its own parameters.
-        loss_module.register_parameter("placeholder", new_word.vector)
-    module, optimizer = accelerator.prepare(loss_module, make_optimizer(config, trained))
+        loss.register_parameter("placeholder", tuning.new_word.vector)
+    module, optimizer = accelerator.prepare(loss, make_optimizer(config, trained))
     frames = crop_frames(config, model.max_duration, model.frame_rate, tracks)
     plan = make_plan(config, len(tracks), accelerator.num_processes)
     total = plan.total_steps
     session = Session(
         config=config,
         accelerator=accelerator,
+        precision=f"{precision} ({why})",
         model=model,
-        adapter=adapter,
-        new_word=new_word,
-        text_encoder=TextEncoder(lm, new_word=new_word),
+        tuning=tuning,
+        text_encoder=TextEncoder(model.lm, new_word=tuning.new_word),
         module=module,
         trained=trained,
         optimizer=optimizer,
         ema=EMA(list(trained.values()), config.ema_decay) if config.ema_decay else None,
         clips=make_clips(config, model, tracks, frames, tokens, melodies, training=True),
-        valid_clips=make_clips(config, model, held_out, frames, tokens, melodies, training=False),
+        held_out=make_clips(config, model, held_out, frames, tokens, melodies, training=False),
         plan=plan,
         frames=frames,
         warmup=config.warmup_steps if config.warmup_steps < total else total // 10,
         prompts=config.sample_prompts or list(dict.fromkeys(t.caption for t in tracks))[:2],
     )
     if state is not None:
-        session.restore(state)
-    check_space(output, space_needed(session), replacing=config.resume or config.overwrite)
+        restore(session, state)
+    replacing = config.resume or config.overwrite
+    output.check_space(folder, _space_needed(session), replacing=replacing)
     accelerator.wait_for_everyone()  # all have looked at output_dir before the first changes it
-    if accelerator.is_main_process:
-        facts = facts_of(session, f"{precision} ({why_precision})")
-        if state is not None:
-            facts |= changes(session, state)
-        wandb_run = start_wandb(config, facts, session.wandb_id) if config.use_wandb else None
-        print("\n".join(f"{name:<11}{fact}" for name, fact in facts.items()), flush=True)
-        remove_temporary(output)
-        if not config.resume:
-            clear_samples(output)  # an earlier run's weights go after the first step
-        model_id = portable_id(config.model_id)
-        files.write_json(
-            output / RUN,
-            {"model_id": model_id, "flags": config.model_dump(), "facts": facts},
-        )
-        session.report = Report(output, session.step if state else None, wandb_run)
     return session
 
 
-def changes(session: Session, state: dict[str, Any]) -> dict[str, str]:
-    """What a resumed run says of itself: from where it goes on, and what is not as it was."""
-    old, new = state["config"], session.config.model_dump()
-    changed = [
-        f"--{name} is {new[name]}, was {old[name]}"
-        for name in ("lr", "precision", "max_grad_norm", "epochs", "max_steps")
-        if new[name] != old[name]
-    ]
-    if state["tracks"] != fingerprint(session.clips.tracks):
-        changed.append("the dataset has changed since")
-    return {"resumed": "; ".join([f"after step {session.step}", *changed])}
+def announce(session: Session) -> None:
+    """Say what the run will do, and open its report; in the first process.
+
+    Removes what killed runs left half written, and samples of an earlier run; its weights go
+    after the first step.
+    Errors: UserError if wandb can't start.
+    """
+    config, folder = session.config, session.output
+    facts = facts_of(session)
+    wandb_run = start_wandb(config, facts, session.wandb_id) if config.use_wandb else None
+    print("\n".join(f"{name:<11}{fact}" for name, fact in facts.items()), flush=True)
+    output.remove_temporaries(folder)
+    if not config.resume:
+        output.clear_samples(folder)
+    about = {"model_id": portable_id(config.model_id), "flags": config.model_dump()}
+    files.write_json(folder / output.RUN, {**about, "facts": facts})
+    session.report = Report(folder, session.step if config.resume else None, wandb_run)
 
 
-def space_needed(session: Session) -> int:
+def _space_needed(session: Session) -> int:
     """Bytes on disk at the worst moment: checkpoints, and an old and a new resume state."""
-    config, total = session.config, session.total
-    weights = sum(p.numel() for p in session.trained.values())
+    config = session.config
     resume = sum(p.nbytes for p in session.trained.values()) * (1 + bool(session.ema))
-    resume += moments_bytes(config, weights)
-    lm = sum(t.numel() for t in session.model.lm.state_dict().values())
-    if session.new_word:
-        lm = weights
-    lm *= 4 if config.save_dtype == "fp32" else 2
+    resume += moments_bytes(config, sum(p.numel() for p in session.trained.values()))
+    weights = session.tuning.saved_numbers(session.model.lm)
+    weights *= 4 if config.save_dtype == "fp32" else 2
     if not config.save_step:
-        return lm + resume
-    kept = total // config.save_step
+        return weights + resume
+    kept = session.total // config.save_step
     if config.keep_checkpoints:
         kept = min(kept, config.keep_checkpoints + 1)
-    return lm * (1 + kept) + 2 * resume
+    return weights * (1 + kept) + 2 * resume

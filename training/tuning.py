@@ -1,58 +1,160 @@
-"""What learns: all weights, the text conditioning, LoRA, or a new word."""
+"""What learns in a run: all weights, the text conditioning, LoRA adapters, or a new word."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from flags.run import Config
 from musicgen import lora, placeholder
 from musicgen.hub import portable_id
-from musicgen.load import Model
 from musicgen.text import text_conditioner
+from musicgen.weights import portable, read_lm_state, save_tensors
+from training import output
 
 if TYPE_CHECKING:  # slow to import, and only for LoRA
     from peft import PeftModel
 
 
-def layers_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
-    """Of the transformer's matrices, `dtype` being the forward pass's.
+class Tuning:
+    """Trains all weights; each subclass trains something else.
 
-    What is frozen gives the same in the format that autocast would bring it to, in half the room.
+    Call `prepare` on the language model first, then `trained`, which says what learns.
     """
-    is_half = layers_are_frozen(config) or config.optimizer == "adamw_8bit_bf16"
-    return dtype if is_half else torch.float32
+
+    final = output.FINAL  # the file that a finished run leaves
+    new_word: placeholder.NewWord | None = None
+    usual_lr: str | None = None  # where the default of --lr does not fit
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def layers_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the number format of the layers' matrices; `dtype` is the forward pass's."""
+        return dtype if self.config.optimizer == "adamw_8bit_bf16" else torch.float32
+
+    def prepare(self, lm: Any) -> None:
+        """Freeze what does not learn, and put on what is added."""
+        if self.config.grad_checkpointing:
+            lm.transformer.checkpointing = "torch"
+        lm.requires_grad_(True)
+
+    def trained(self, lm: Any) -> dict[str, nn.Parameter]:
+        """Return the parameters that learn, by name."""
+        return {name: p for name, p in lm.named_parameters() if p.requires_grad}
+
+    def describe(self, count: int) -> str:
+        """Say what learns; `count` is how many numbers do."""
+        return f"{count / 1e6:.1f} M trained"
+
+    def saved_numbers(self, lm: Any) -> int:
+        """Return how many numbers `save` writes."""
+        return sum(t.numel() for t in lm.state_dict().values())
+
+    def save(self, lm: Any, path: Path) -> None:
+        """Write the language model's weights as they are with what was learned."""
+        save_tensors(path, portable(self._state(lm), self.config.save_dtype))
+
+    def save_final(self, lm: Any, folder: Path) -> None:
+        self.save(lm, folder / self.final)
+
+    def _state(self, lm: Any) -> dict[str, torch.Tensor]:
+        return lm.state_dict()
 
 
-def layers_are_frozen(config: Config) -> bool:
-    return bool(config.lora_rank or config.placeholder or config.tune_text)
+class _Frozen(Tuning):
+    """Leaves the layers as they are on disk.
+
+    In the format that autocast would bring them to they give the same, in half the room; what is
+    saved comes from the disk again.
+    """
+
+    def layers_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def _state(self, lm: Any) -> dict[str, torch.Tensor]:
+        return read_lm_state(self.config.model_id)
 
 
-def set_up_training(config: Config, lm: Any) -> "PeftModel | None":
-    """Freeze what the flags don't train, put adapters on; returns the model with them, if any."""
-    if config.grad_checkpointing:
-        lm.transformer.checkpointing = "torch"
-    lm.requires_grad_(not config.tune_text)
-    text_conditioner(lm).requires_grad_(True)
-    if config.placeholder:
+class TextTuning(_Frozen):
+    """Trains the text conditioning only (lm.condition_provider)."""
+
+    def prepare(self, lm: Any) -> None:
+        super().prepare(lm)
+        lm.requires_grad_(False)
+        text_conditioner(lm).requires_grad_(True)
+
+    def _state(self, lm: Any) -> dict[str, torch.Tensor]:
+        return super()._state(lm) | self.trained(lm)
+
+
+class LoraTuning(_Frozen):
+    """Trains adapters; saves them merged into the weights, and at the end alone too."""
+
+    usual_lr = "LoRA usually takes 1e-4"
+    adapter: "PeftModel"  # the language model with adapters on
+
+    def prepare(self, lm: Any) -> None:
+        super().prepare(lm)
+        config = self.config
+        torch.manual_seed(config.seed)
+        self.adapter = lora.attach(
+            lm,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha or 2 * config.lora_rank,
+            dropout=config.lora_dropout,
+            rslora=config.lora_rslora,
+            ends=config.lora_embeddings,
+            base=portable_id(config.model_id),
+        )
+
+    def describe(self, count: int) -> str:
+        return f"{super().describe(count)} as LoRA of rank {self.config.lora_rank}"
+
+    def save_final(self, lm: Any, folder: Path) -> None:
+        super().save_final(lm, folder)
+        lora.save(self.adapter, folder / output.LORA)
+
+    def _state(self, lm: Any) -> dict[str, torch.Tensor]:
+        state = super()._state(lm)
+        lora.merge(state, lora.parts(self.adapter))
+        return state
+
+
+class WordTuning(_Frozen):
+    """Trains the vector of a new word of the text encoder, and saves that alone."""
+
+    final = output.EMBEDDING
+
+    def prepare(self, lm: Any) -> None:
+        super().prepare(lm)
         lm.requires_grad_(False)  # the word is in the text encoder
-    if not config.lora_rank:
-        return None
-    torch.manual_seed(config.seed)
-    return lora.attach(
-        lm,
-        rank=config.lora_rank,
-        alpha=config.lora_alpha or 2 * config.lora_rank,
-        dropout=config.lora_dropout,
-        rslora=config.lora_rslora,
-        ends=config.lora_embeddings,
-        base=portable_id(config.model_id),
-    )
+
+    def trained(self, lm: Any) -> dict[str, nn.Parameter]:
+        if self.new_word is None:
+            word, conditioner = str(self.config.placeholder), text_conditioner(lm)
+            vector = placeholder.mean_vector(conditioner, self.config.placeholder_init)
+            self.new_word = placeholder.add(conditioner, word, vector, f"--placeholder={word}")
+            self.usual_lr = f"this usually takes {self.new_word.usual_lr():.0e}"
+        return {"placeholder": self.new_word.vector}
+
+    def describe(self, count: int) -> str:
+        return f"{count} numbers trained, the vector of {self.config.placeholder}"
+
+    def saved_numbers(self, lm: Any) -> int:
+        return self.trained(lm)["placeholder"].numel()
+
+    def save(self, lm: Any, path: Path) -> None:
+        assert self.new_word
+        model_id = portable_id(self.config.model_id)
+        placeholder.save(path, self.new_word, self.config.save_dtype, model_id)
 
 
-def make_word(config: Config, model: Model) -> placeholder.NewWord:
-    conditioner = text_conditioner(model.lm)
-    vector = placeholder.mean_vector(conditioner, config.placeholder_init)
-    assert config.placeholder
-    return placeholder.add(
-        conditioner, config.placeholder, vector, f"--placeholder={config.placeholder}"
-    )
+def tuning_of(config: Config) -> Tuning:
+    """Choose what learns, as the flags say; they exclude each other."""
+    if config.placeholder:
+        return WordTuning(config)
+    if config.lora_rank:
+        return LoraTuning(config)
+    return TextTuning(config) if config.tune_text else Tuning(config)
