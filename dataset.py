@@ -19,7 +19,7 @@ from recordings import audio
 from recordings.melodies import Melodies
 from recordings.tokens import Tokens
 from recordings.track import Track
-from recordings.wording import PLAIN, Merging
+from recordings.wording import merged
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Clips(Dataset[Clip]):
         channels: of the model, C.
         samples: length of every crop; a shorter track is taken whole and zero-padded.
         drop_caption: probability of an empty caption.
-        merging: how the other fields that some captions have get into the text.
+        merge_text_p: probability of merging the other fields that some captions have into them.
         in_front: puts the words that are on every caption on such a text.
         drop_word: probability of leaving out each word of a caption.
         tokens: of the tracks, to take the crops from instead of the files.
@@ -89,7 +89,7 @@ class Clips(Dataset[Clip]):
         samples: int,
         seed: int,
         drop_caption: float = 0.0,
-        merging: Merging = PLAIN,
+        merge_text_p: float = 0.0,
         in_front: Callable[[str], str] = str,
         drop_word: float = 0.0,
         tokens: Tokens | None = None,
@@ -102,7 +102,7 @@ class Clips(Dataset[Clip]):
         self.samples = samples
         self.seed = seed
         self.drop_caption = drop_caption
-        self.merging = merging
+        self.merge_text_p = merge_text_p
         self.in_front = in_front
         self.drop_word = drop_word
         self.tokens = tokens
@@ -153,9 +153,9 @@ class Clips(Dataset[Clip]):
         )
 
     def _caption(self, track: Track, rng: np.random.Generator) -> str:
-        if not self.merging.merge_text_p or not track.written or not track.written.fields:
+        if not self.merge_text_p or not track.written or not track.written.fields:
             return track.caption  # and nothing is drawn
-        return self.in_front(self.merging.text(track.written, rng))
+        return self.in_front(merged(track.written, self.merge_text_p, rng))
 
     def _drop_words(self, caption: str, rng: np.random.Generator) -> str:
         if not self.drop_word:

@@ -32,28 +32,28 @@ def main() -> None:
 
 
 def _check() -> bool:
-    config = parse(CheckConfig, positional=("folder",))
+    config = parse(CheckConfig)
     from commands.check import check
 
     return check(config)
 
 
 def _clean() -> bool:
-    config = parse(CleanConfig, positional=("folder", "out"))
+    config = parse(CleanConfig)
     from commands.clean import clean
 
     return clean(config)
 
 
 def _encode() -> bool:
-    config = parse(EncodeConfig, positional=("folder", "out"))
+    config = parse(EncodeConfig)
     from commands.encode import encode
 
     return encode(config)
 
 
 def _shard() -> bool:
-    config = parse(ShardConfig, positional=("folder", "out"))
+    config = parse(ShardConfig)
     from commands.shard import shard
 
     return shard(config)

@@ -14,7 +14,7 @@ OUT_OF_MEMORY = (
 
 def main() -> None:
     with plain_errors(OUT_OF_MEMORY):
-        config = parse(Config, aliases={"dataset": "dataset_path"})
+        config = parse(Config)
         # torch and audiocraft are not imported before the flags are known to be good
         if config.dry_run:
             from commands.dry_run import dry_run

@@ -50,21 +50,16 @@ def check(config: CheckConfig) -> bool:
 
     Errors: UserError if there is nothing to look at, or --fix can't be written.
     """
-    root = Path(config.folder)
+    root = Path(config.dataset_path)
     target = Path(config.fix) if config.fix else None
     if target:
-        files.check_outside(target, config.folder, "--fix")
+        files.check_outside(target, config.dataset_path, "--fix")
         files.check_writable(target, "--fix")
         if any(target.iterdir()):
             raise UserError(f"--fix={target}: holds files already; name a new folder")
     _check_picture(Path(config.picture))
 
-    tracks, problems = scan.find(
-        config.folder,
-        with_captions=not config.no_label,
-        caption=config.caption,
-        from_tags=config.caption_from == "tags",
-    )
+    tracks, problems = scan.find(config.dataset_path, **config.captions)
     sounds: dict[str, Sound] = {}
     encoded = [track for track in tracks if track.codec]
     tracks = [track for track in tracks if not track.codec]
@@ -119,7 +114,7 @@ def check(config: CheckConfig) -> bool:
         print(f"\npicture    {config.picture}")
     usable = [track for track in tracks if track.name not in {*silent, *copies}]
     if target:
-        _copy(usable, target, shards.is_shards(config.folder))
+        _copy(usable, target, shards.is_shards(config.dataset_path))
         print(f"fixed      {len(usable)} recordings copied to {target}")
     is_good = bool(tracks) and not problems
     print(

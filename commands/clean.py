@@ -43,13 +43,10 @@ def clean(config: CleanConfig) -> bool:
 
     Errors: UserError if there are none, or the new folder can't be written.
     """
-    out = Path(config.out)
+    out = Path(config.output_dir)
     record = _start(config, out)
     done = record["done"]  # name -> facts
-    from_tags = config.caption_from == "tags"
-    tracks, problems = scan.find(
-        config.folder, with_captions=not config.no_label, from_tags=from_tags
-    )
+    tracks, problems = scan.find(config.dataset_path, **config.captions)
     read: Callable[[Track], Iterator[np.ndarray]] = _blocks
     if config.remove_vocals:
         read = partial(_without_vocals, _demucs(config.device))
@@ -78,7 +75,7 @@ def clean(config: CleanConfig) -> bool:
             problems.append(f"{track.name}: {error}")
             continue
         except OSError as error:  # of the temporary file
-            raise UserError(f"--out={out}: can't be written to ({error.strerror})") from None
+            raise UserError(f"--output_dir={out}: can't be written to ({error.strerror})") from None
         notes += said
         done[track.name] = {**facts, "files": count, "frames_out": frames}
     record["begun"] = None
@@ -98,7 +95,7 @@ def clean(config: CleanConfig) -> bool:
     gone = [name for name in done if name not in names]
     what_else = {
         "to know": notes,
-        f"of an earlier run are not in {config.folder} any more, but still in {out}": gone,
+        f"of an earlier run are not in {config.dataset_path} any more, but still in {out}": gone,
         "can't be used": problems,
     }
     for what, lines in what_else.items():
@@ -109,9 +106,12 @@ def clean(config: CleanConfig) -> bool:
 
 def _start(config: CleanConfig, out: Path) -> dict[str, Any]:
     """The record of a new folder, or of one that a run with the same flags was stopped in."""
-    files.check_outside(out, config.folder, "--out")
-    root = str(Path(config.folder).resolve())
-    flags = {"folder": root, **config.model_dump(exclude={"folder", "out", "device"})}
+    files.check_outside(out, config.dataset_path, "--output_dir")
+    root = str(Path(config.dataset_path).resolve())
+    free = {"dataset_path", "output_dir", "device"}
+    if config.caption is None:  # there was no such flag before: a folder that was begun goes on
+        free.add("caption")
+    flags = {"folder": root, **config.model_dump(exclude=free)}
     new = {"flags": flags, "done": {}, "begun": None}
     return begin(out, RECORD, new, key="flags", suffixes="flac|txt|json")
 

@@ -29,14 +29,9 @@ def encode(config: EncodeConfig) -> bool:
 
     Errors: UserError that names what can't be used, or a file in the way.
     """
-    out = Path(config.out)
-    files.check_outside(out, config.folder, "--out")
-    tracks = scan.scan(
-        config.folder,
-        with_captions=not config.no_label,
-        caption=config.caption,
-        from_tags=config.caption_from == "tags",
-    )
+    out = Path(config.output_dir)
+    files.check_outside(out, config.dataset_path, "--output_dir")
+    tracks = scan.scan(config.dataset_path, **config.captions)
     made = {path: track for track in tracks for path in [_path(out, track)]}
     _check_names(tracks, out)
     _check_captions(made)
@@ -51,7 +46,7 @@ def encode(config: EncodeConfig) -> bool:
                 f"{path}: has the tokens of {there.facts.model_id}, whose EnCodec is not that of "
                 f"--model_id={config.model_id}: name a new folder"
             )
-    files.check_writable(out, "--out")
+    files.check_writable(out, "--output_dir")
     for path in files.temporaries(out, r".+\.(safetensors|txt|json)", within=True):
         path.unlink()
 
@@ -93,8 +88,8 @@ def encode(config: EncodeConfig) -> bool:
     ]
     if others:
         print(
-            f"\n{len(others)} files of tokens there are of no recording in {config.folder}, and "
-            f"will be trained on:\n{first_lines(sorted(others))}"
+            f"\n{len(others)} files of tokens in {out} are of no recording in "
+            f"{config.dataset_path} and will be trained on:\n{first_lines(sorted(others))}"
         )
     return True
 

@@ -18,7 +18,7 @@ def begin(out: Path, name: str, new: dict[str, Any], *, key: str, suffixes: str)
 
     Errors: UserError if the folder holds other files, or can't be written to.
     """
-    files.check_writable(out, "--out")
+    files.check_writable(out, "--output_dir")
     record = files.read_json(out / name)
     half_written = files.temporaries(out, rf".+\.({suffixes})", within=True)
     if set(out.iterdir()) <= set(half_written):
@@ -26,8 +26,8 @@ def begin(out: Path, name: str, new: dict[str, Any], *, key: str, suffixes: str)
         files.write_json(out / name, record)
     elif not isinstance(record, dict) or record.get(key) != new[key]:
         raise UserError(
-            f"--out={out}: holds files already, which are not of this command with the same flags "
-            "and recordings as now: name a new folder"
+            f"--output_dir={out}: holds files already, and they were not made by this command with "
+            "the same flags and recordings: name a new folder"
         )
     for path in half_written:
         path.unlink()

@@ -29,7 +29,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     paths = _output_paths(config)
     for path in (path for group in paths for path in group):
         if path.exists() and not config.overwrite:
-            raise UserError(f"{path} exists: give another --output or --seed, or --overwrite=1")
+            raise UserError(f"{path} exists: give another --output_dir or --seed, or --overwrite=1")
     if config.full_weights and not Path(config.full_weights).is_file():
         raise UserError(
             f"--weights_path={config.full_weights}: no such file; give the lm_final.pt that run.py "
@@ -43,7 +43,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     adapters = [lora.read(folder) for folder in config.lora or []]
 
     embeddings = [placeholder.read(path) for path in config.embedding or []]
-    files.check_writable(paths[0][0].parent, "--output")
+    files.check_writable(paths[0][0].parent, "--output_dir")
     device = choose_device(config.device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     model = load.load_model(_model_id(config, adapters, embeddings), device, dtype)
@@ -94,16 +94,18 @@ def _output_paths(config: GenerateConfig) -> list[list[Path]]:
 
     Example: "Slow piano, 90 bpm", seed 3 -> slow-piano-90-bpm_3_1.wav, the second .._3_2.wav
     """
-    output = Path(config.output)
+    output = Path(config.output_dir)
     if output.suffix.lower() == ".wav":
         if len(config.prompt) * config.variations > 1:
             raise UserError(
-                f"--output={config.output}: one file for "
+                f"--output_dir={config.output_dir}: one file for "
                 f"{len(config.prompt) * config.variations} pieces; name a folder"
             )
         return [[output]]
     if output.is_file():
-        raise UserError(f"--output={config.output}: is a file; name a folder, or a .wav file")
+        raise UserError(
+            f"--output_dir={config.output_dir}: is a file; name a folder, or a .wav file"
+        )
     groups: list[list[Path]] = []
     taken: set[str] = set()
     for number, prompt in enumerate(config.prompt, start=1):

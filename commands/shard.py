@@ -33,14 +33,9 @@ def shard(config: ShardConfig) -> bool:
 
     Errors: UserError that names what can't be used, or a file in the way.
     """
-    out = Path(config.out)
-    files.check_outside(out, config.folder, "--out")
-    tracks = scan.scan(
-        config.folder,
-        with_captions=not config.no_label,
-        caption=config.caption,
-        from_tags=config.caption_from == "tags",
-    )
+    out = Path(config.output_dir)
+    files.check_outside(out, config.dataset_path, "--output_dir")
+    tracks = scan.scan(config.dataset_path, **config.captions)
     plan = _plan(tracks, config.shard_mb * MB)
     name = _start(out, plan)
     made = {out / f"{name}-{i:06d}.tar": part for i, part in enumerate(plan)}

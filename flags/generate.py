@@ -1,17 +1,23 @@
 """The flags of generate.py and export.py."""
 
-from pydantic import Field, model_validator
+from typing import ClassVar
+
+from pydantic import Field
 
 from flags.parse import Flags
 from flags.types import AnyPath, Device, Files, Folders, Prompts, SaveDtype, Scales
 
 
+def _scale_problems(folders: list[str], scales: list[float]) -> list[str]:
+    if len(scales) in (1, len(folders)):
+        return []
+    return [
+        f"--lora_scale has {len(scales)} numbers for {len(folders)} adapters of --lora: give one, "
+        "or one for each"
+    ]
+
+
 def _one_scale_each(folders: list[str], scales: list[float]) -> list[float]:
-    if len(scales) not in (1, len(folders)):
-        raise ValueError(
-            f"--lora_scale has {len(scales)} numbers for {len(folders)} adapters of --lora: give "
-            "one, or one for each"
-        )
     return scales * len(folders) if len(scales) == 1 else scales
 
 
@@ -20,6 +26,8 @@ class GenerateConfig(Flags):
 
     Example: python generate.py --prompt="slow piano waltz" --duration=60
     """
+
+    ALIASES: ClassVar[dict[str, str]] = {"weights": "weights_path", "output": "output_dir"}
 
     prompt: Prompts = Field(
         description='what to play: a prompt, a list ["one", "two"], or a .txt file with one a line'
@@ -68,7 +76,9 @@ class GenerateConfig(Flags):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="same seed, same music (on the same machine)")
     variations: int = Field(1, ge=1, description="pieces for each prompt, made together")
-    output: AnyPath = Field("generated", description="folder, or a .wav name if there is one piece")
+    output_dir: AnyPath = Field(
+        "generated", description="folder, or a .wav name if there is one piece"
+    )
     overwrite: bool = Field(False, description="replace existing files of the same name")
     device: Device = Field("auto", description="auto, cuda, mps or cpu")
 
@@ -86,13 +96,10 @@ class GenerateConfig(Flags):
         is_default = "weights_path" not in self.model_fields_set
         return None if (self.lora or self.embedding) and is_default else self.weights_path
 
-    @model_validator(mode="after")
-    def _fit_together(self) -> "GenerateConfig":
-        if self.lora:
-            _one_scale_each(self.lora, self.lora_scale)
-        elif "lora_scale" in self.model_fields_set:
-            raise ValueError("--lora_scale does nothing without --lora: add that, or leave it out")
-        return self
+    def _problems(self) -> list[str]:
+        if not self.lora:
+            return self._idle({"lora_scale": (False, "--lora")})
+        return _scale_problems(self.lora, self.lora_scale)
 
 
 class ExportConfig(Flags):
@@ -117,7 +124,5 @@ class ExportConfig(Flags):
         """Of each adapter in `lora`."""
         return _one_scale_each(self.lora, self.lora_scale)
 
-    @model_validator(mode="after")
-    def _fit_together(self) -> "ExportConfig":
-        _one_scale_each(self.lora, self.lora_scale)
-        return self
+    def _problems(self) -> list[str]:
+        return _scale_problems(self.lora, self.lora_scale)

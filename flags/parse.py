@@ -3,14 +3,22 @@
 import contextlib
 import difflib
 import inspect
-import os
+import shutil
 import sys
+import textwrap
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import fire
 from fire.decorators import SetParseFn
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from errors import UserError
 
@@ -18,9 +26,14 @@ FlagsT = TypeVar("FlagsT", bound="Flags")
 
 
 class Flags(BaseModel):
-    """Base of the flag sets: each field is a flag, its description the flag's help."""
+    """The flags of a command: each field is a flag, its description the flag's help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ()  # may be given without their names, in this order
+    ALIASES: ClassVar[dict[str, str]] = {}  # another name -> the flag
+    REMOVED: ClassVar[dict[str, str]] = {}  # a flag of earlier versions -> what replaces it
+    GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {}  # heading -> flags, for --help
 
     @field_validator("*", mode="before")
     @classmethod
@@ -38,9 +51,54 @@ class Flags(BaseModel):
                 return float(value)  # 1e3; pydantic takes 1000.0 for an integer, not 0.5
         return value
 
+    @model_validator(mode="after")
+    def _fit_together(self) -> "Flags":
+        if problems := self._problems():
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _problems(self) -> list[str]:
+        """Return what is wrong with the flags taken together, a line each."""
+        return []
+
+    def _excluded(self, name: str, *others: str) -> list[str]:
+        """Return a problem for each of `others` that is given although `name` is on."""
+        return [
+            f"--{other} and --{name} exclude each other: give one of them"
+            for other in others
+            if getattr(self, name) and other in self.model_fields_set and getattr(self, other)
+        ]
+
+    def _idle(self, needs: dict[str, tuple[bool, str]]) -> list[str]:
+        """Return a problem for each given flag that lacks what it needs.
+
+        `needs`: flag -> whether it has what it needs, and what that is.
+        """
+        return [
+            f"--{name} does nothing without {need}: add that, or leave it out"
+            for name, (has_it, need) in needs.items()
+            if name in self.model_fields_set and not has_it
+        ]
+
+    @classmethod
+    def groups(cls) -> dict[str, tuple[str, ...]]:
+        """Return the flags by heading; without GROUPS a class's own come before its base's."""
+        own = [name for name in cls.model_fields if name in cls.__annotations__]
+        rest = [name for name in cls.model_fields if name not in own]
+        return cls.GROUPS or {"Flags": (*own, *rest)}
+
+    @classmethod
+    def default_text(cls, name: str) -> str:
+        """Return a flag's default as it is typed, or "required"."""
+        field = cls.model_fields[name]
+        if field.is_required():
+            return "required"
+        is_switch = isinstance(field.default, bool)
+        return str(int(field.default) if is_switch else field.default)
+
 
 def build(cls: type[FlagsT], values: dict[str, Any], words: tuple[str, ...] = ()) -> FlagsT:
-    """`cls(**values)`, or a UserError with a line for each thing that is wrong."""
+    """Return `cls(**values)`. Errors: UserError with a line for each thing that is wrong."""
     problems = [f"{word}: not a flag; write --flag=value" for word in words]
     try:
         flags = cls(**values)
@@ -51,60 +109,64 @@ def build(cls: type[FlagsT], values: dict[str, Any], words: tuple[str, ...] = ()
     return flags
 
 
-def parse(
-    cls: type[FlagsT], aliases: dict[str, str] | None = None, positional: tuple[str, ...] = ()
-) -> FlagsT:
+def parse(cls: type[FlagsT]) -> FlagsT:
     """Read this process's command line with google-fire; exits after `--help`.
 
     Fire hands over every word as it was typed (a folder called 2024 stays a string), and
-    pydantic then checks types and ranges of all flags at once. The flags in `positional` may also
-    be given without their names, in that order.
+    pydantic then checks types and ranges of all flags at once.
     """
-    wants_help = bool({"--help", "-h"} & set(sys.argv[1:]))
-    fields = cls.model_fields
-    parameters = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.is_required() else field.default,
-            annotation=field.annotation
-            if field.annotation in (int, float, str, bool)
-            else inspect.Parameter.empty,
-        )
-        for name, field in fields.items()
-    ]
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(cls, Path(sys.argv[0]).name))
+        sys.exit()
     given: dict[str, Any] = {}
     stray: tuple[str, ...] = ()
 
     def command(*words: str, **values: str) -> None:
         nonlocal stray
-        stray = words[len(positional) :]
-        given.update(zip(positional, words, strict=False))
+        stray = words[len(cls.POSITIONAL) :]
+        given.update(zip(cls.POSITIONAL, words, strict=False))
         given.update({name: value for name, value in values.items() if value is not None})
-        for alias, name in (aliases or {}).items():
+        for alias, name in cls.ALIASES.items():
             if alias in given and name not in given:  # both: `alias` is told as no flag
                 given[name] = given.pop(alias)
 
-    if not wants_help:  # everything is let through here, so that all mistakes are told together
-        parameters = [
-            inspect.Parameter("words", inspect.Parameter.VAR_POSITIONAL),
-            *(p.replace(default=None) for p in parameters),
-            inspect.Parameter("values", inspect.Parameter.VAR_KEYWORD),
+    # Everything is let through here, so that all mistakes are told together. Fire must know the
+    # names, or it takes --no_label for "_label is off".
+    kinds = inspect.Parameter
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            kinds("words", kinds.VAR_POSITIONAL),
+            *(kinds(name, kinds.KEYWORD_ONLY, default=None) for name in cls.model_fields),
+            kinds("values", kinds.VAR_KEYWORD),
         ]
-        SetParseFn(str)(command)
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__doc__ = "\n".join(
-        [inspect.cleandoc(cls.__doc__ or ""), "", "Args:"]
-        + [f"    {name}: {field.description}" for name, field in fields.items()]
     )
-    os.environ.setdefault("PAGER", "more" if os.name == "nt" else "cat")
-    with contextlib.redirect_stderr(sys.stdout if wants_help else sys.stderr):
-        fire.Fire(command, name=Path(sys.argv[0]).name)
-    for name in [name for name in given if len(name) == 1]:  # Fire's help shows -d for some
-        matches = [field for field in fields if field.startswith(name)]
-        if len(matches) == 1:
-            given[matches[0]] = given.pop(name)
+    SetParseFn(str)(command)
+    fire.Fire(command, name=Path(sys.argv[0]).name)
     return build(cls, given, stray)
+
+
+def help_text(cls: type[Flags], script: str) -> str:
+    """Return what --help prints: what the command does, and each flag with its default."""
+    width = min(100, shutil.get_terminal_size().columns)
+    lines = [inspect.cleandoc(cls.__doc__ or "")]
+    for heading, names in cls.groups().items():
+        lines += ["", heading]
+        for name in names:
+            default = cls.default_text(name)
+            lines.append(
+                f"  --{name}" + (" (required)" if default == "required" else f"={default}")
+            )
+            lines += textwrap.wrap(
+                str(cls.model_fields[name].description),
+                width,
+                initial_indent=" " * 6,
+                subsequent_indent=" " * 6,
+                break_on_hyphens=False,
+            )
+    if cls.ALIASES:
+        other = ", ".join(f"--{alias} for --{name}" for alias, name in cls.ALIASES.items())
+        lines += ["", f"Other names: {other}."]
+    return "\n".join(lines)
 
 
 def _describe(cls: type[Flags], problem: Any) -> str:
@@ -112,6 +174,8 @@ def _describe(cls: type[Flags], problem: Any) -> str:
     name = str(problem["loc"][0]) if problem["loc"] else ""
     if not name:
         return str(problem["msg"]).removeprefix("Value error, ")
+    if name in cls.REMOVED:
+        return f"--{name}: no longer a flag: {cls.REMOVED[name]}"
     if problem["type"] == "extra_forbidden":
         close = difflib.get_close_matches(name, cls.model_fields, n=1)
         return f"--{name}: no such flag" + (f"; did you mean --{close[0]}?" if close else "")
@@ -122,5 +186,5 @@ def _describe(cls: type[Flags], problem: Any) -> str:
     for subject in ("Input ", "String ", "List ", "Value "):
         what = what.removeprefix(subject)
     value = "" if what == "needs a value" else f"={problem['input']}"
-    default = "" if field.is_required() else f" (default {field.default})"
+    default = "" if field.is_required() else f" (default {cls.default_text(name)})"
     return f"--{name}{value}: {what}. --{name}: {field.description}{default}"

@@ -1,21 +1,95 @@
 """The flags of run.py."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
-from flags.parse import Flags
-from flags.types import AnyPath, CaptionFrom, Dataset, Device, Prompts, SaveDtype, Words, _one_word
+from flags.captions import CaptionFlags
+from flags.types import AnyPath, Dataset, Device, Prompts, SaveDtype, Words, one_word
 
 
-class Config(Flags):
+class Config(CaptionFlags):
     """Fine-tune MusicGen on a folder of recordings and captions; leaves models/lm_final.pt.
 
     Example: python run.py --dataset_path=my_music --epochs=20 --use_cfg=1
     Several GPUs: torchrun --nproc_per_node=2 run.py --dataset_path=my_music
     """
 
-    # The flags of the original trainer.
+    ALIASES: ClassVar[dict[str, str]] = {"dataset": "dataset_path"}
+    REMOVED: ClassVar[dict[str, str]] = {
+        "drop_desc_p": "the description is left out with audiocraft's probability of 0.5",
+        "drop_other_p": "each other field is left out with audiocraft's probability of 0.5",
+        "lora_rslora": "give a larger --lora_alpha; adapters are multiplied by alpha / rank",
+    }
+    GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "Most people need these seven": (
+            "dataset_path",
+            "model_id",
+            "output_dir",
+            "epochs",
+            "lr",
+            "lora_rank",
+            "valid_split",
+        ),
+        "Data": (
+            "no_label",
+            "caption_from",
+            "caption",
+            "trigger",
+            "merge_text_p",
+            "use_cfg",
+            "cfg_p",
+            "word_dropout",
+            "drop_melody",
+            "duration",
+            "cache_tokens",
+            "num_workers",
+        ),
+        "Training": (
+            "batch_size",
+            "grad_acc",
+            "max_steps",
+            "warmup_steps",
+            "weight_decay",
+            "lr_scheduler",
+            "max_grad_norm",
+            "ema_decay",
+            "tune_text",
+            "placeholder",
+            "placeholder_init",
+            "seed",
+        ),
+        "Memory": (
+            "dry_run",
+            "grad_checkpointing",
+            "optimizer",
+            "precision",
+            "device",
+        ),
+        "LoRA": (
+            "lora_alpha",
+            "lora_dropout",
+            "lora_embeddings",
+        ),
+        "Validation and samples": (
+            "valid_path",
+            "valid_step",
+            "sample_step",
+            "sample_prompts",
+            "sample_duration",
+        ),
+        "Output": (
+            "save_step",
+            "keep_checkpoints",
+            "save_dtype",
+            "resume",
+            "overwrite",
+            "use_wandb",
+            "wandb_project",
+            "wandb_name",
+        ),
+    }
+
     dataset_path: Dataset = Field(
         description="folder of recordings (wav, flac, mp3, ogg, opus, aiff, m4a) and captions: "
         "NAME.txt, NAME.json, metadata.csv or metadata.jsonl; or tokens of them, from prepare.py "
@@ -29,56 +103,22 @@ class Config(Flags):
         "(tiny, comes with the project); a Hugging Face id, or a folder in audiocraft's exported "
         "format",
     )
-    lr: float = Field(1e-5, gt=0, le=1, description="learning rate after the warm-up")
+    output_dir: AnyPath = Field("models", description="folder for everything it writes")
     epochs: int = Field(
         100, ge=1, description="passes over the dataset; each takes one random crop of every file"
     )
-    use_wandb: bool = Field(False, description="log to Weights & Biases; 0 = off")
-    save_step: int | None = Field(
-        None,
+    lr: float = Field(1e-5, gt=0, le=1, description="learning rate after the warm-up")
+    lora_rank: int = Field(
+        0,
         ge=0,
-        description="steps between checkpoints lm_<step>.pt and the resume state; None or 0 = off",
+        description="train adapters of this rank on all attention and feed-forward layers, "
+        "instead of the weights; 0 = off",
     )
-    no_label: bool = Field(False, description="train with empty captions; none are read")
-    tune_text: bool = Field(
-        False, description="train the text conditioning only (lm.condition_provider)"
-    )
-    weight_decay: float = Field(
-        1e-5, ge=0, description="AdamW weight decay, not on biases and norms; 0 = off"
-    )
-    grad_acc: int = Field(2, ge=1, description="batches accumulated for one optimizer step")
-    warmup_steps: int = Field(16, ge=0, description="steps of linear warm-up; 0 = off")
-    batch_size: int = Field(4, ge=1, description="clips in a batch, on each GPU")
-    use_cfg: bool = Field(
-        False,
-        description="drop captions, and melodies with them, at random (see cfg_p), so that "
-        "classifier-free guidance keeps working; 0 = off",
+    valid_split: float = Field(
+        0.0, ge=0, lt=1, description="share of the dataset's files held out instead; 0 = off"
     )
 
-    # The run.
-    duration: float = Field(
-        30.0, ge=1, description="length of a crop in seconds; shorter clips are padded"
-    )
-    max_steps: int | None = Field(
-        None, ge=0, description="stop after this many optimizer steps; None or 0 = by epochs"
-    )
-    seed: int = Field(0, ge=0, lt=2**63, description="of crops, order, dropout and samples")
-    output_dir: AnyPath = Field("models", description="folder for everything it writes")
-    dry_run: bool = Field(
-        False,
-        description="train nothing: say how much memory the run will take on a GPU, and what would "
-        "lower it; 0 = off",
-    )
-    resume: bool = Field(False, description="go on with the stopped run in output_dir")
-    overwrite: bool = Field(False, description="replace an earlier run's files in output_dir")
-
-    # Captions.
-    caption_from: CaptionFrom = Field(
-        "auto",
-        description="auto = of each recording the first that is there: NAME.txt, NAME.json, a row "
-        "of metadata.csv or metadata.jsonl; tags = the files' own title, artist, genre, comment",
-    )
-    caption: Words | None = Field(None, description="one caption for all recordings; None = off")
+    # Data
     trigger: Words | None = Field(
         None, description="words put in front of every caption, such as my-style; None = off"
     )
@@ -89,14 +129,11 @@ class Config(Flags):
         description="captions from .json files or tags: probability of adding the other fields "
         "(genre, moods, instrument, bpm, key, keywords); 0 = off",
     )
-    drop_desc_p: float = Field(
-        0.5, ge=0, le=1, description="probability of leaving out the description where they are"
+    use_cfg: bool = Field(
+        False,
+        description="drop captions, and melodies with them, at random (see cfg_p), so that "
+        "classifier-free guidance keeps working; 0 = off",
     )
-    drop_other_p: float = Field(
-        0.5, ge=0, le=1, description="probability of leaving out each of those fields"
-    )
-
-    # Training.
     cfg_p: float = Field(
         0.2, ge=0, le=1, description="probability of dropping a caption when use_cfg=1"
     )
@@ -110,56 +147,39 @@ class Config(Flags):
         description="melody models: probability of training a clip without its melody; 1 = on "
         "captions alone, without demucs",
     )
-    optimizer: Literal["adamw", "adamw_8bit", "adamw_8bit_bf16"] = Field(
-        "adamw",
-        description="adamw_8bit keeps its two moments in 8 bit instead of 32; adamw_8bit_bf16 also "
-        "keeps the layers' weights and gradients in bf16, and rounds the weights at random",
-    )
-    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm limit; 0 = off")
-    lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="after the warm-up: to 0 at the last step, or constant"
-    )
-    ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="average the weights; lm_final.pt holds the average; 0 = off"
-    )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto = bf16 on a GPU that has it, else fp16 on CUDA, else fp32"
-    )
-    device: Device = Field("auto", description="auto, cuda, mps or cpu")
-    grad_checkpointing: bool = Field(
-        False, description="recompute activations: less memory, slower steps; 0 = off"
-    )
-    num_workers: int | None = Field(
-        None, ge=0, description="processes that read audio; None = up to 4, 0 = the main one"
+    duration: float = Field(
+        30.0, ge=1, description="length of a crop in seconds; shorter clips are padded"
     )
     cache_tokens: bool = Field(
         False,
         description="encode every recording once, before the first step, and train from the "
         "tokens; 0 = off",
     )
-
-    # LoRA.
-    lora_rank: int = Field(
-        0,
-        ge=0,
-        description="train adapters of this rank on all attention and feed-forward layers, "
-        "instead of the weights; 0 = off",
-    )
-    lora_alpha: float | None = Field(
-        None, gt=0, description="the adapters are multiplied by alpha / rank; None = twice the rank"
-    )
-    lora_dropout: float = Field(
-        0.0, ge=0, lt=1, description="probability of dropping an adapter's inputs; 0 = off"
-    )
-    lora_rslora: bool = Field(
-        False, description="multiply them by alpha / sqrt(rank), for high ranks; 0 = off"
-    )
-    lora_embeddings: bool = Field(
-        False, description="adapters on token embeddings and output heads too; 0 = off"
+    num_workers: int | None = Field(
+        None, ge=0, description="processes that read audio; None = up to 4, 0 = the main one"
     )
 
-    # Textual inversion.
-    placeholder: Annotated[str, AfterValidator(_one_word)] | None = Field(
+    # Training
+    batch_size: int = Field(4, ge=1, description="clips in a batch, on each GPU")
+    grad_acc: int = Field(2, ge=1, description="batches accumulated for one optimizer step")
+    max_steps: int | None = Field(
+        None, ge=0, description="stop after this many optimizer steps; None or 0 = by epochs"
+    )
+    warmup_steps: int = Field(16, ge=0, description="steps of linear warm-up; 0 = off")
+    weight_decay: float = Field(
+        1e-5, ge=0, description="AdamW weight decay, not on biases and norms; 0 = off"
+    )
+    lr_scheduler: Literal["cosine", "constant"] = Field(
+        "cosine", description="after the warm-up: to 0 at the last step, or constant"
+    )
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm limit; 0 = off")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="average the weights; lm_final.pt holds the average; 0 = off"
+    )
+    tune_text: bool = Field(
+        False, description="train the text conditioning only (lm.condition_provider)"
+    )
+    placeholder: Annotated[str, AfterValidator(one_word)] | None = Field(
         None,
         description="train the vector of this new word of the text encoder, such as `<my-style>`, "
         "instead of the weights; captions without it get it in front; None = off",
@@ -167,15 +187,43 @@ class Config(Flags):
     placeholder_init: str = Field(
         "music", min_length=1, description="the word, or words, whose mean vector it starts from"
     )
+    seed: int = Field(0, ge=0, lt=2**63, description="of crops, order, dropout and samples")
 
-    # Validation and samples.
+    # Memory
+    dry_run: bool = Field(
+        False,
+        description="train nothing: say how much memory the run will take on a GPU, and what would "
+        "lower it; 0 = off",
+    )
+    grad_checkpointing: bool = Field(
+        False, description="recompute activations: less memory, slower steps; 0 = off"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_8bit_bf16"] = Field(
+        "adamw",
+        description="adamw_8bit keeps its two moments in 8 bit instead of 32; adamw_8bit_bf16 also "
+        "keeps the layers' weights and gradients in bf16, and rounds the weights at random",
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto = bf16 on a GPU that has it, else fp16 on CUDA, else fp32"
+    )
+    device: Device = Field("auto", description="auto, cuda, mps or cpu")
+
+    # LoRA
+    lora_alpha: float | None = Field(
+        None, gt=0, description="the adapters are multiplied by alpha / rank; None = twice the rank"
+    )
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="probability of dropping an adapter's inputs; 0 = off"
+    )
+    lora_embeddings: bool = Field(
+        False, description="adapters on token embeddings and output heads too; 0 = off"
+    )
+
+    # Validation and samples
     valid_path: Dataset | None = Field(
         None,
         description="folder or shards of held-out recordings, with captions, for the validation "
         "loss; None = off",
-    )
-    valid_split: float = Field(
-        0.0, ge=0, lt=1, description="share of the dataset's files held out instead; 0 = off"
     )
     valid_step: int | None = Field(
         None, ge=1, description="steps between validations; None = ten times a run"
@@ -192,77 +240,72 @@ class Config(Flags):
     )
     sample_duration: float = Field(10.0, gt=0, description="length of a sample in seconds")
 
-    # Output.
+    # Output
+    save_step: int | None = Field(
+        None,
+        ge=0,
+        description="steps between checkpoints lm_<step>.pt and the resume state; None or 0 = off",
+    )
     keep_checkpoints: int = Field(
         0, ge=0, description="how many of the newest lm_<step>.pt to keep; 0 = all"
     )
     save_dtype: SaveDtype = Field(
         "fp32", description="number format of lm_*.pt; the 16 bit ones halve the file"
     )
+    resume: bool = Field(False, description="go on with the stopped run in output_dir")
+    overwrite: bool = Field(False, description="replace an earlier run's files in output_dir")
+    use_wandb: bool = Field(False, description="log to Weights & Biases; 0 = off")
     wandb_project: str = Field("musicgen-trainer", min_length=1, description="wandb project")
     wandb_name: str | None = Field(None, description="wandb run name; None = wandb chooses")
 
-    @model_validator(mode="after")
-    def _fit_together(self) -> "Config":
-        given = self.model_fields_set
-        problems = []
-        if self.resume and self.overwrite:
-            problems.append("--resume and --overwrite exclude each other: give one of them")
-        if self.valid_path and self.valid_split:
-            problems.append("--valid_path and --valid_split exclude each other: give one of them")
+    def _problems(self) -> list[str]:
+        problems = [
+            *super()._problems(),
+            *self._excluded("no_label", "trigger", "merge_text_p"),
+            *self._excluded("caption", "merge_text_p"),
+            *self._excluded("overwrite", "resume"),
+            *self._excluded("valid_split", "valid_path"),
+            *self._excluded("lora_rank", "tune_text"),
+            *self._excluded("placeholder", "tune_text", "lora_rank", "no_label"),
+        ]
         if self.tune_text and self.no_label:
             problems.append(
                 "--tune_text=1 with --no_label=1 leaves nothing to train: empty captions have no "
                 "gradient; leave one of them out"
             )
-        if self.tune_text and self.lora_rank:
-            problems.append("--tune_text and --lora_rank exclude each other: give one of them")
-        for name in ("tune_text", "lora_rank", "no_label"):
-            if self.placeholder and getattr(self, name):
-                problems.append(f"--placeholder and --{name} exclude each other: give one of them")
         if self.optimizer == "adamw_8bit_bf16":
-            if self.precision in ("fp32", "fp16"):
-                problems.append(
-                    f"--optimizer=adamw_8bit_bf16 and --precision={self.precision} exclude each "
-                    "other: give --precision=bf16, or --optimizer=adamw_8bit"
-                )
-            if self.ema_decay:
-                problems.append(
-                    "--optimizer=adamw_8bit_bf16 and --ema_decay exclude each other: an average "
-                    "kept in bf16 would hardly move; leave one of them out"
-                )
-            for name in ("lora_rank", "tune_text", "placeholder"):
-                if getattr(self, name):
-                    problems.append(
-                        f"--optimizer=adamw_8bit_bf16 does nothing with --{name}, which leaves the "
-                        "layers as they are: use --optimizer=adamw_8bit"
-                    )
-        how_to_merge = ("merge_text_p", "drop_desc_p", "drop_other_p")
-        for name in ("caption_from", "caption", "trigger", *how_to_merge):
-            if name in given and self.no_label:
-                problems.append(f"--{name} and --no_label exclude each other: give one of them")
-            elif name in given and self.caption and name not in ("caption", "trigger"):
-                problems.append(f"--{name} and --caption exclude each other: give one of them")
-        has_valid = bool(self.valid_path or self.valid_split)
-        needs = [
-            ("cfg_p", self.use_cfg, "--use_cfg=1"),
-            ("drop_desc_p", self.merge_text_p > 0, "--merge_text_p"),
-            ("drop_other_p", self.merge_text_p > 0, "--merge_text_p"),
-            *(
-                (f"lora_{name}", self.lora_rank > 0, "--lora_rank")
-                for name in ("alpha", "dropout", "rslora", "embeddings")
-            ),
-            ("placeholder_init", bool(self.placeholder), "--placeholder"),
-            ("valid_step", has_valid, "--valid_path or --valid_split"),
-            ("sample_prompts", bool(self.sample_step), "--sample_step"),
-            ("sample_duration", bool(self.sample_step), "--sample_step"),
-            ("keep_checkpoints", bool(self.save_step), "--save_step"),
-            ("wandb_project", self.use_wandb, "--use_wandb=1"),
-            ("wandb_name", self.use_wandb, "--use_wandb=1"),
+            problems += self._problems_of_bf16()
+        has_held_out = bool(self.valid_path or self.valid_split)
+        needs = {
+            "cfg_p": (self.use_cfg, "--use_cfg=1"),
+            "lora_alpha": (self.lora_rank > 0, "--lora_rank"),
+            "lora_dropout": (self.lora_rank > 0, "--lora_rank"),
+            "lora_embeddings": (self.lora_rank > 0, "--lora_rank"),
+            "placeholder_init": (bool(self.placeholder), "--placeholder"),
+            "valid_step": (has_held_out, "--valid_path or --valid_split"),
+            "sample_prompts": (bool(self.sample_step), "--sample_step"),
+            "sample_duration": (bool(self.sample_step), "--sample_step"),
+            "keep_checkpoints": (bool(self.save_step), "--save_step"),
+            "wandb_project": (self.use_wandb, "--use_wandb=1"),
+            "wandb_name": (self.use_wandb, "--use_wandb=1"),
+        }
+        return problems + self._idle(needs)
+
+    def _problems_of_bf16(self) -> list[str]:
+        problems = []
+        if self.precision in ("fp32", "fp16"):
+            problems.append(
+                f"--optimizer=adamw_8bit_bf16 and --precision={self.precision} exclude each other: "
+                "give --precision=bf16, or --optimizer=adamw_8bit"
+            )
+        if self.ema_decay:
+            problems.append(
+                "--optimizer=adamw_8bit_bf16 and --ema_decay exclude each other: an average kept "
+                "in bf16 would hardly move; leave one of them out"
+            )
+        return problems + [
+            f"--optimizer=adamw_8bit_bf16 does nothing with --{name}, which leaves the layers as "
+            "they are: use --optimizer=adamw_8bit"
+            for name in ("lora_rank", "tune_text", "placeholder")
+            if getattr(self, name)
         ]
-        for name, has_it, need in needs:
-            if name in given and not has_it:
-                problems.append(f"--{name} does nothing without {need}: add that, or leave it out")
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self

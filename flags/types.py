@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 
-def existing_folder(value: str) -> str:
+def _existing_folder(value: str) -> str:
     path = Path(value).expanduser()
     if not path.exists():
         raise ValueError("no such folder")
@@ -21,7 +21,7 @@ def _dataset(value: str) -> str:
     is_shards = "://" in value or value.endswith(".tar")
     if "://" in value:
         return value
-    return _expanded(value) if is_shards else existing_folder(value)
+    return _expanded(value) if is_shards else _existing_folder(value)
 
 
 def _existing_file(value: str) -> str:
@@ -31,7 +31,7 @@ def _existing_file(value: str) -> str:
     return str(path)
 
 
-def _one_word(value: str) -> str:
+def one_word(value: str) -> str:
     if len(value.split()) != 1 or value != value.strip():
         raise ValueError("must be one word, without spaces")
     return value
@@ -76,7 +76,7 @@ def _some_words(value: str) -> str:
 
 
 Words = Annotated[str, AfterValidator(_some_words)]
-Folder = Annotated[str, AfterValidator(existing_folder)]
+Folder = Annotated[str, AfterValidator(_existing_folder)]
 Dataset = Annotated[str, AfterValidator(_dataset)]
 AnyPath = Annotated[str, Field(min_length=1), AfterValidator(_expanded)]
 Prompts = Annotated[list[str], BeforeValidator(_prompts), Field(min_length=1)]

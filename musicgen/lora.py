@@ -33,7 +33,6 @@ def attach(
     rank: int,
     alpha: float,
     dropout: float = 0.0,
-    rslora: bool = False,
     ends: bool = False,
     base: str | None = None,
 ) -> "PeftModel":
@@ -60,7 +59,6 @@ def attach(
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # scaling = alpha / r; any number will do
-        use_rslora=rslora,
         target_modules=f"{LAYERS}|{ENDS}" if ends else LAYERS,
         target_parameters=FUSED,
     )

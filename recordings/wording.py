@@ -1,34 +1,28 @@
 """How a caption is phrased: its fields merged into it, a trigger or a new word in front."""
 
 import re
-from typing import NamedTuple
 
 import numpy as np
 
 from recordings.captions import Caption
 
-
-class Merging(NamedTuple):
-    """How fields get into the text; audiocraft's three probabilities."""
-
-    merge_text_p: float = 0.0
-    drop_desc_p: float = 0.0
-    drop_other_p: float = 0.0
-
-    def text(self, caption: Caption, rng: np.random.Generator) -> str:
-        """The caption with some of its fields, in random order, or as it is. Never empty."""
-        if rng.random() >= self.merge_text_p:
-            return caption.plain
-        fields = [field for field in caption.fields if rng.random() >= self.drop_other_p]
-        rng.shuffle(fields)
-        if not fields:
-            return caption.plain
-        if not caption.description or rng.random() < self.drop_desc_p:
-            return ". ".join(fields)
-        return ". ".join([caption.description.rstrip("."), *fields])
+DROP_P = 0.5  # of the description, and of each field: audiocraft's drop_desc_p and drop_other_p
 
 
-PLAIN = Merging()  # the captions as they are
+def merged(caption: Caption, merge_text_p: float, rng: np.random.Generator) -> str:
+    """Return a caption with some of its fields in random order, or as it is; never empty.
+
+    Source: audiocraft's augment_music_info_description.
+    """
+    if rng.random() >= merge_text_p:
+        return caption.plain
+    fields = [field for field in caption.fields if rng.random() >= DROP_P]
+    rng.shuffle(fields)
+    if not fields:
+        return caption.plain
+    if not caption.description or rng.random() < DROP_P:
+        return ". ".join(fields)
+    return ". ".join([caption.description.rstrip("."), *fields])
 
 
 def has(word: str, caption: str) -> bool:

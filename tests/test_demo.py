@@ -242,7 +242,7 @@ def test_shuffled_captions_would_be_noticed(fit, lessons, exam, monkeypatch):
 def test_padding_that_is_trained_on_would_be_noticed(fit, lessons, exam, monkeypatch):
     monkeypatch.setattr(
         Session,
-        "valid_frames",
-        lambda run, samples: torch.full_like(samples, run.frames),
+        "lengths",
+        lambda run, batch: torch.full_like(batch.lengths, run.frames),
     )
     assert examine(fit("demo", lessons, **LESSON), exam).surprise > MOST_SURPRISE

@@ -21,7 +21,7 @@ from recordings import scan
 from recordings.melodies import Melodies
 from recordings.tokens import Tokens
 from recordings.track import Track
-from recordings.wording import PLAIN, Merging, in_front
+from recordings.wording import in_front
 
 
 def scan_dataset(config: Config) -> tuple[list[Track], list[Track]]:
@@ -42,12 +42,7 @@ def scan_dataset(config: Config) -> tuple[list[Track], list[Track]]:
 
 
 def _scan(config: Config, folder: str) -> list[Track]:
-    tracks = scan.scan(
-        folder,
-        with_captions=not config.no_label,
-        caption=config.caption,
-        from_tags=config.caption_from == "tags",
-    )
+    tracks = scan.scan(folder, **config.captions)
     if config.no_label or not (config.trigger or config.placeholder):
         return tracks
     return [replace(t, caption=in_front_of(config)(t.caption)) for t in tracks]
@@ -134,9 +129,7 @@ def make_clips(
         samples=frames * round(model.sample_rate / model.frame_rate),
         seed=config.seed,
         drop_caption=config.cfg_p if training and config.use_cfg else 0.0,
-        merging=Merging(config.merge_text_p, config.drop_desc_p, config.drop_other_p)
-        if training
-        else PLAIN,
+        merge_text_p=config.merge_text_p if training else 0.0,
         in_front=in_front_of(config),
         drop_word=config.word_dropout if training else 0.0,
         tokens=tokens,

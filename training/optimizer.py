@@ -76,7 +76,6 @@ def learning_rate(config: Config, step: int, total: int, warmup: int) -> float:
     done = (step - warmup) / max(1, total - warmup)  # 0 <= done < 1
     factor = {
         "constant": 1.0,
-        "linear": 1 - done,
         "cosine": 0.5 * (1 + math.cos(math.pi * done)),
     }
     return config.lr * factor[config.lr_scheduler]

@@ -19,10 +19,15 @@ from flags.run import Config
 class Plan:
     """Which clips each optimizer step takes, and which process takes which of them.
 
-    An epoch is a random order of all files, cut into steps of `clips_per_step`; its last step
-    takes what is left. Within a step, clips go to the processes in turn.
+    An epoch is a random order of all files, cut into as few steps as possible of at most
+    `clips_per_step` clips; their sizes differ by at most one clip, so that no step learns from a
+    few clips alone. Within a step, clips go to the processes in turn.
 
-    Example: 10 files, batches of 2, grad_acc 2, one process: steps of 4, 4 and 2 clips.
+    Example: 9 files, batches of 4, grad_acc 2, one process: steps of 5 and 4 clips.
+
+    Args:
+        is_even: False = as versions before this cut an epoch: full steps, and what is left in the
+            last one (8 and 1 in the example). A run that began so goes on so.
     """
 
     files: int
@@ -32,6 +37,7 @@ class Plan:
     max_steps: int | None
     seed: int
     processes: int = 1
+    is_even: bool = True
 
     @property
     def clips_per_step(self) -> int:
@@ -50,7 +56,10 @@ class Plan:
         """All processes' clips of optimizer step `step` (from 0)."""
         epoch, part = divmod(step, self.steps_per_epoch)
         order = _order(self.seed, epoch, self.files)
-        chosen = order[part * self.clips_per_step : (part + 1) * self.clips_per_step]
+        if self.is_even:
+            chosen = np.array_split(order, self.steps_per_epoch)[part]
+        else:
+            chosen = order[part * self.clips_per_step : (part + 1) * self.clips_per_step]
         return [Pick(epoch, int(index)) for index in chosen]
 
     def batches(self, step: int, rank: int = 0) -> list[list[Pick]]:

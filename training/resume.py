@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from errors import UserError
 from flags.run import Config
 from musicgen.weights import save_tensors
 from recordings.track import Track
+from recordings.wording import DROP_P
 from training.output import RESUME
 from training.session import Session
 
@@ -26,6 +28,8 @@ FREE_TO_CHANGE = {
     *("keep_checkpoints", "save_dtype", "use_wandb", "wandb_project", "wandb_name"),
 }
 
+CONSTANTS = {"drop_desc_p": DROP_P, "drop_other_p": DROP_P, "lora_rslora": False}  # once flags
+
 
 def save_resume(session: Session, *, is_finished: bool = False) -> None:
     """Write what `--resume=1` needs. Random states are none: they follow from the step."""
@@ -35,6 +39,8 @@ def save_resume(session: Session, *, is_finished: bool = False) -> None:
         "is_finished": is_finished,  # the final file is of this step
         "config": session.config.model_dump(),
         "clips_per_step": session.plan.clips_per_step,
+        "is_even": session.plan.is_even,
+        "warmup": session.warmup,
         "tracks": fingerprint(session.clips.tracks),
         "weights": {name: p.detach() for name, p in session.trained.items()},
         "optimizer": session.optimizer.state_dict(),
@@ -79,6 +85,9 @@ def restore(session: Session, state: dict[str, Any]) -> None:
     if session.accelerator.scaler and state["scaler"]:
         session.accelerator.scaler.load_state_dict(state["scaler"])
     session.step = state["step"]
+    # States of earlier versions have neither.
+    session.plan = replace(session.plan, is_even=state.get("is_even", False))
+    session.warmup = state.get("warmup", session.warmup)
     session.wandb_id = state["wandb_id"]
     session.resumed = _describe(session, state)
 
@@ -95,6 +104,11 @@ def _check_same_run(session: Session, state: dict[str, Any]) -> None:
             f"{session.plan.clips_per_step} clips in a step (batch_size x grad_acc x processes), "
             f"were {state['clips_per_step']}"
         )
+    changes += [
+        f"{name} was {state['config'][name]}, and is always {value} in this version"
+        for name, value in CONSTANTS.items()
+        if state["config"].get(name, value) != value
+    ]
     if changes:
         raise UserError(
             "--resume=1 goes on with the run in "

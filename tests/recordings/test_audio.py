@@ -64,7 +64,7 @@ def test_any_format_gives_the_same_sound(subtype, rate, channels, fmt, tmp_path)
 
     clip = clips(folder, 1.0)[Pick(0, 0)]
     assert clip.wav.dtype == torch.float32
-    assert clip.valid_samples == RATE
+    assert clip.length == RATE
     assert_is_sine(clip.wav.numpy(), atol=0.012 if subtype == "PCM_U8" else 3e-4)
 
 
@@ -174,7 +174,7 @@ def test_streamed_and_tagged_wavs_keep_their_length(data_size, riff_size, before
     (tmp_path / "a.txt").write_text("streamed")
     assert scan(str(tmp_path))[0].frames == 32_000
     clip = clips(tmp_path, 2.0)[Pick(0, 0)]
-    assert clip.valid_samples == 64_000
+    assert clip.length == 64_000
     assert_is_sine(clip.wav.numpy())
 
 
@@ -201,7 +201,7 @@ def test_only_the_crop_of_an_hour_is_decoded(tmp_path, monkeypatch):
     assert sum(decoded) <= 1  # the last frame, to see that it is there
     decoded.clear()
     for epoch in range(5):
-        assert made[Pick(epoch, 0)].valid_samples == 2 * RATE
+        assert made[Pick(epoch, 0)].length == 2 * RATE
     assert decoded == [2 * rate] * 5
 
 
@@ -209,7 +209,7 @@ def test_a_clip_of_exactly_the_duration_is_taken_whole(tmp_path):
     for rate in (RATE, 44_100, 22_050, 11_025):
         folder = pair(tmp_path / str(rate), sine(2.0, rate), rate, "FLOAT")
         made = clips(folder, 2.0)
-        assert {made[Pick(epoch, 0)].valid_samples for epoch in range(3)} == {2 * RATE}
+        assert {made[Pick(epoch, 0)].length for epoch in range(3)} == {2 * RATE}
         assert_is_sine(made[Pick(0, 0)].wav.numpy())
 
 
@@ -217,13 +217,13 @@ def test_a_clip_of_exactly_the_duration_is_taken_whole(tmp_path):
 def test_a_shorter_clip_is_padded_and_says_so(rate, tmp_path):
     folder = pair(tmp_path, sine(1.3, rate) + 0.1, rate, "FLOAT")
     clip = clips(folder, 3.0)[Pick(5, 0)]
-    assert abs(clip.valid_samples - 1.3 * RATE) <= 1
+    assert abs(clip.length - 1.3 * RATE) <= 1
     wav = clip.wav.numpy()[0]
     assert len(wav) == 3 * RATE
-    assert not wav[clip.valid_samples :].any()
+    assert not wav[clip.length :].any()
     expected = sine(1.3, RATE)[:, 0] + 0.1
     np.testing.assert_allclose(wav[500:41_000], expected[500:41_000], atol=1e-3)
-    assert np.abs(wav[clip.valid_samples - 500 : clip.valid_samples]).mean() > 0.1
+    assert np.abs(wav[clip.length - 500 : clip.length]).mean() > 0.1
 
 
 @pytest.mark.parametrize("rate", [RATE, 44_100, 8_000, 96_000])
@@ -257,7 +257,7 @@ def test_a_file_one_frame_too_long_is_still_cropped(tmp_path, monkeypatch):
         lambda path, start, *rest: starts.append(start) or read_crop(path, start, *rest),
     )
     made = clips(folder, 1.0)
-    assert {made[Pick(epoch, 0)].valid_samples for epoch in range(40)} == {RATE}
+    assert {made[Pick(epoch, 0)].length for epoch in range(40)} == {RATE}
     assert set(starts) == {0, 1}  # both places are reached, and none beyond
 
 
@@ -266,4 +266,4 @@ def test_a_file_that_is_long_enough_fills_the_crop(rate, tmp_path):
     folder = pair(tmp_path, ramp(3.0, rate), rate, "FLOAT")
     for frames in (37, 50, 101, 149):  # of tokens, 20 ms each: seldom whole frames of the file
         made = clips(folder, frames / 50)
-        assert {made[Pick(epoch, 0)].valid_samples for epoch in range(3)} == {frames * 640}
+        assert {made[Pick(epoch, 0)].length for epoch in range(3)} == {frames * 640}

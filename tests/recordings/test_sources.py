@@ -143,7 +143,7 @@ def test_only_the_crop_is_decoded(suffix, tmp_path, monkeypatch):
     monkeypatch.setattr(sf.SoundFile, "read", reading)
     for epoch in range(5):
         decoded.clear()
-        assert made[Pick(epoch, 0)].valid_samples == 32_000
+        assert made[Pick(epoch, 0)].length == 32_000
         assert RATE <= sum(decoded) <= RATE + 20_000
 
 
@@ -519,7 +519,7 @@ def test_held_out_clips_and_samples_have_the_plain_text(mono_folder, tmp_path):
         trigger="x",
     )
     run = start(config)
-    assert {run.valid_clips[Pick(e, 0)].caption for e in range(9)} == {"x, A waltz."}
+    assert {run.held_out[Pick(e, 0)].caption for e in range(9)} == {"x, A waltz."}
     assert len({run.clips[Pick(e, 0)].caption for e in range(9)}) > 4
     assert run.prompts == ["x, A waltz."]
 

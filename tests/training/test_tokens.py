@@ -206,7 +206,7 @@ def test_crops_are_those_of_the_files_to_within_half_a_frame(
         clip = sliced[pick]
         first = round(starts[-1] / sample_rate * 50)
         assert abs(first / 50 - starts[-1] / sample_rate) <= 0.01 + 1e-9
-        T = clip.valid_samples // HOP
+        T = clip.length // HOP
         assert T in (50, 49) and (T == 50 or first == 201)
         assert np.array_equal(clip.codes[:, :T], whole[:, first : first + T])
         firsts.add(first)
@@ -218,14 +218,14 @@ def test_a_short_clips_padding_is_not_trained_on(fit, mono_folder, make_pairs, m
     model, found, tracks = prepared(mono_folder, data)
     clip = make_clips(model, tracks, found)[Pick(0, 0)]
     assert clip.codes.shape == (4, 50)
-    assert clip.valid_samples == 36 * HOP  # whole frames of 0.73 s
+    assert clip.length == 36 * HOP  # whole frames of 0.73 s
     plain = weights(fit(mono_folder, data, "run", max_steps=2, cache_tokens=True))
     read = Clips.__getitem__
 
     def noisy(self: Clips, pick: Pick) -> Clip:
         clip = read(self, pick)
         assert clip.codes is not None
-        clip.codes[:, clip.valid_samples // HOP :] = 5
+        clip.codes[:, clip.length // HOP :] = 5
         return clip
 
     monkeypatch.setattr(Clips, "__getitem__", noisy)
