@@ -46,7 +46,7 @@ def dry_run(config: Config) -> str:
         f"model      {config.model_id}, {need.parameters / 1e6:.1f} M parameters, "
         f"{trained} trained",
         f"steps      {plan.total_steps}: {plan.steps_per_epoch} an epoch, of "
-        f"{plan.clips_per_step} clips of {frames / rate:g} s",
+        f"{plan.sizes} clips of {frames / rate:g} s",
         f"precision  {str(dtype).removeprefix('torch.')} ({why})",
         f"memory     {memory}",
         f"           at the peak {_gb(need.peak)} ({when}), and what CUDA itself takes",

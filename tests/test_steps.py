@@ -5,6 +5,7 @@ Letters: B batch, K codebooks.
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +271,18 @@ def test_processes_share_every_epochs_clips(files, processes, batch_size, grad_a
         assert sorted(picks, key=str) == sorted(plan.step(step), key=str)
         seen.update((pick.epoch, pick.index) for pick in picks)
     assert seen == Counter((epoch, index) for epoch in range(3) for index in range(files))
+    sizes = [len(plan.step(step)) for step in range(plan.total_steps)]
+    assert max(sizes) <= min(plan.clips_per_step, min(sizes) + 1)
+    assert plan.total_steps == 3 * math.ceil(files / plan.clips_per_step)
+
+
+def test_an_epoch_is_cut_into_steps_of_one_size_and_the_old_way_for_old_runs():
+    plan = Plan(9, batch_size=4, grad_acc=2, epochs=1, max_steps=None, seed=1)
+    old = replace(plan, is_even=False)
+    assert [len(plan.step(step)) for step in range(2)] == [5, 4]
+    assert [len(old.step(step)) for step in range(2)] == [8, 1]
+    assert [*plan.step(0), *plan.step(1)] == [*old.step(0), *old.step(1)]
+    assert plan.sizes == "5 or 4"
 
 
 def crops(data: Path, plan: Plan, workers: int = 0, seed: int = 3) -> dict[tuple, bytes]:

@@ -25,7 +25,7 @@ def facts_of(session: Session) -> dict[str, str]:
         "model": _model_facts(session),
         "device": f"{session.accelerator.device}, {session.accelerator.num_processes} process(es)",
         "precision": session.precision,
-        "batch": f"{plan.clips_per_step} clips a step: {config.batch_size} x {config.grad_acc} "
+        "batch": f"{plan.sizes} clips a step: {config.batch_size} x {config.grad_acc} "
         f"accumulated x {plan.processes} process(es)",
         "steps": f"{session.total}: {plan.steps_per_epoch} an epoch, {epochs:g} epochs; "
         f"warm-up {_warmup_facts(session)}",

@@ -69,6 +69,11 @@ def _stochastically_rounding(
     return Optimizer(groups, **how, bf16_stochastic_round=True)
 
 
+def warmup_steps(config: Config, total: int) -> int:
+    """Return the steps of warm-up of a run of `total` steps; in a short run a tenth of them."""
+    return config.warmup_steps if config.warmup_steps < total else total // 10
+
+
 def learning_rate(config: Config, step: int, total: int, warmup: int) -> float:
     """Of step `step` (from 0) of `total`: linear warm-up, then as --lr_scheduler says."""
     if step < warmup:

@@ -48,6 +48,14 @@ class Plan:
         return math.ceil(self.files / self.clips_per_step)
 
     @property
+    def sizes(self) -> str:
+        """Say how many clips a step takes, such as "5 or 4"."""
+        size, larger = divmod(self.files, self.steps_per_epoch)
+        if not self.is_even:
+            return f"up to {self.clips_per_step}"
+        return f"{size + 1} or {size}" if larger else f"{size}"
+
+    @property
     def total_steps(self) -> int:
         by_epochs = self.steps_per_epoch * self.epochs
         return min(by_epochs, self.max_steps or by_epochs)
@@ -56,11 +64,13 @@ class Plan:
         """All processes' clips of optimizer step `step` (from 0)."""
         epoch, part = divmod(step, self.steps_per_epoch)
         order = _order(self.seed, epoch, self.files)
+        start = part * self.clips_per_step
+        stop = start + self.clips_per_step
         if self.is_even:
-            chosen = np.array_split(order, self.steps_per_epoch)[part]
-        else:
-            chosen = order[part * self.clips_per_step : (part + 1) * self.clips_per_step]
-        return [Pick(epoch, int(index)) for index in chosen]
+            size, larger = divmod(self.files, self.steps_per_epoch)  # the first steps are larger
+            start = part * size + min(part, larger)
+            stop = start + size + (part < larger)
+        return [Pick(epoch, int(index)) for index in order[start:stop]]
 
     def batches(self, step: int, rank: int = 0) -> list[list[Pick]]:
         """Step `step`'s micro-batches for process `rank`: equally many in every process."""

@@ -15,6 +15,7 @@ from flags.run import Config
 from musicgen.weights import save_tensors
 from recordings.track import Track
 from recordings.wording import DROP_P
+from training.optimizer import warmup_steps
 from training.output import RESUME
 from training.session import Session
 
@@ -85,9 +86,11 @@ def restore(session: Session, state: dict[str, Any]) -> None:
     if session.accelerator.scaler and state["scaler"]:
         session.accelerator.scaler.load_state_dict(state["scaler"])
     session.step = state["step"]
+    old = Config.model_construct(**state["config"])
+    began_as = replace(session.plan, epochs=old.epochs, max_steps=old.max_steps)
     # States of earlier versions have neither.
     session.plan = replace(session.plan, is_even=state.get("is_even", False))
-    session.warmup = state.get("warmup", session.warmup)
+    session.warmup = state.get("warmup", warmup_steps(old, began_as.total_steps))
     session.wandb_id = state["wandb_id"]
     session.resumed = _describe(session, state)
 

@@ -17,7 +17,7 @@ from training.accelerator import start_accelerator
 from training.data import crop_frames, find_melodies, find_tokens, make_clips, scan_dataset
 from training.ema import EMA
 from training.facts import facts_of
-from training.optimizer import make_optimizer, moments_bytes
+from training.optimizer import make_optimizer, moments_bytes, warmup_steps
 from training.plan import make_plan
 from training.report import Report, start_wandb
 from training.resume import load_resume, restore
@@ -52,7 +52,6 @@ def start(config: Config) -> Session:
     module, optimizer = accelerator.prepare(loss, make_optimizer(config, trained))
     frames = crop_frames(config, model.max_duration, model.frame_rate, tracks)
     plan = make_plan(config, len(tracks), accelerator.num_processes)
-    total = plan.total_steps
     session = Session(
         config=config,
         accelerator=accelerator,
@@ -68,7 +67,7 @@ def start(config: Config) -> Session:
         held_out=make_clips(config, model, held_out, frames, tokens, melodies, training=False),
         plan=plan,
         frames=frames,
-        warmup=config.warmup_steps if config.warmup_steps < total else total // 10,
+        warmup=warmup_steps(config, plan.total_steps),
         prompts=config.sample_prompts or list(dict.fromkeys(t.caption for t in tracks))[:2],
     )
     if state is not None:

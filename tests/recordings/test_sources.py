@@ -26,7 +26,7 @@ from recordings import m4a
 from recordings.audio import read_crop
 from recordings.captions import Caption
 from recordings.scan import scan
-from recordings.wording import Merging, in_front
+from recordings.wording import in_front, merged
 from training import facts
 from training.data import scan_dataset
 from training.resume import fingerprint
@@ -467,43 +467,38 @@ def test_fields_are_read_as_audiocraft_reads_them(tmp_path):
 
 
 def test_fields_are_merged_as_often_as_asked_and_in_any_order(tmp_path):
-    made = clips(with_fields(tmp_path, FULL), merging=Merging(0.5, 0.25, 0.4))
+    (track,) = scan(str(with_fields(tmp_path, FULL)))
     rng = np.random.default_rng(0)
-    written = made.tracks[0].written
-    texts = [made.merging.text(written, rng) for _ in range(8_000)]
-    merged = [text for text in texts if ": " in text]
-    share = 0.5 * (1 - 0.4**5)  # nothing is merged when all five are left out
-    assert len(merged) / len(texts) == pytest.approx(share, abs=0.02)
-    assert set(texts) - set(merged) == {"A waltz."}
-    without = [text for text in merged if not text.startswith("A waltz. ")]
-    assert len(without) / len(merged) == pytest.approx(0.25, abs=0.03)
+    texts = [merged(track.written, 0.5, rng) for _ in range(8_000)]
+    with_some = [text for text in texts if ": " in text]
+    share = 0.5 * (1 - 0.5**5)  # nothing is merged when all five are left out
+    assert len(with_some) / len(texts) == pytest.approx(share, abs=0.02)
+    assert set(texts) - set(with_some) == {"A waltz."}
+    without = [text for text in with_some if not text.startswith("A waltz. ")]
+    assert len(without) / len(with_some) == pytest.approx(0.5, abs=0.03)
     for field in FIELDS:
         kept = sum(field in text for text in texts) / len(texts)
-        assert kept == pytest.approx(0.5 * 0.6, abs=0.025)
-    both = [text for text in merged if FIELDS[0] in text and FIELDS[4] in text]
+        assert kept == pytest.approx(0.5 * 0.5, abs=0.025)
+    both = [text for text in with_some if FIELDS[0] in text and FIELDS[4] in text]
     first = sum(text.index(FIELDS[0]) < text.index(FIELDS[4]) for text in both)
     assert first / len(both) == pytest.approx(0.5, abs=0.06)
 
 
 def test_a_clips_text_is_of_seed_epoch_and_file_and_has_the_trigger(tmp_path):
     folder = with_fields(tmp_path, FULL)
-    made = [
-        clips(folder, merging=Merging(0.9, 0.5, 0.5), in_front="my-style, {}".format)
-        for _ in range(2)
-    ]
+    made = [clips(folder, merge_text_p=0.9, in_front="my-style, {}".format) for _ in range(2)]
     texts = [[some[Pick(epoch, 0)].caption for epoch in range(30)] for some in made]
     assert texts[0] == texts[1]
     assert len(set(texts[0])) > 10
     assert all(text.startswith("my-style, ") for text in texts[0])
-    other = clips(folder, merging=Merging(0.9, 0.5, 0.5), seed=1)
+    other = clips(folder, merge_text_p=0.9, seed=1)
     assert [other[Pick(e, 0)].caption for e in range(30)] != [t[10:] for t in texts[0]]
 
 
 def test_captions_without_fields_draw_nothing(tmp_path):
     captioned(tmp_path, caption="one two three four five")
     plain, merging = (
-        clips(tmp_path, drop_word=0.5, drop_caption=0.3, merging=Merging(p, 0.5, 0.5))
-        for p in (0.0, 1.0)
+        clips(tmp_path, drop_word=0.5, drop_caption=0.3, merge_text_p=p) for p in (0.0, 1.0)
     )
     for epoch in range(20):
         assert plain[Pick(epoch, 0)].caption == merging[Pick(epoch, 0)].caption

@@ -1,6 +1,7 @@
 """A run that was stopped, in whatever way and moment, ends as one that was not."""
 
 import contextlib
+import math
 import multiprocessing
 import os
 import random
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +28,9 @@ from flags.run import Config
 from musicgen import codec
 from musicgen.loss import TokenLoss
 from musicgen.text import TextEncoder
-from train import (
-    NonFinite,
-    train,
-)
+from train import NonFinite, train
 from training.output import checkpoints
+from training.plan import make_plan
 from training.resume import FREE_TO_CHANGE
 
 
@@ -340,13 +340,12 @@ OTHER: dict[str, Any] = {
     "seed": 1,
     "cfg_p": 0.3,
     "word_dropout": 0.0,
-    "lr_scheduler": "linear",
+    "lr_scheduler": "constant",
     "ema_decay": 0.5,
     "optimizer": "adamw_8bit",
     "lora_rank": 4,
     "lora_alpha": 3.0,
     "lora_dropout": 0.1,
-    "lora_rslora": True,
     "lora_embeddings": True,
     "placeholder": "<my-style>",
     "placeholder_init": "piano",
@@ -354,8 +353,6 @@ OTHER: dict[str, Any] = {
     "caption": "one for all",
     "trigger": "my-style",
     "merge_text_p": 0.5,
-    "drop_desc_p": 0.2,
-    "drop_other_p": 0.2,
 }
 
 
@@ -383,6 +380,52 @@ def test_resuming_with_other_flags_is_refused_by_name(
             train(tiny_config(world.model, world.data, stopped, **{"resume": True, **flags}))
     after = {path: path.read_bytes() for path in stopped.iterdir() if path.is_file()}
     assert before == after
+
+
+def with_state(output: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the resume state in a folder."""
+    state = torch.load(output / "resume.pt", weights_only=True)
+    change(state)
+    torch.save(state, output / "resume.pt")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("drop_desc_p", 0.2), ("drop_other_p", 0.2), ("lora_rslora", True)]
+)
+def test_a_run_with_another_value_of_what_was_a_flag_is_not_resumed(flag, value, stopped, world):
+    with_state(stopped, lambda state: state["config"].update({flag: value}))
+    with pytest.raises(UserError, match=f"{flag} was {value}, and is always"):
+        run(world, stopped, resume=True)
+
+
+def test_a_run_of_an_earlier_version_goes_on_as_it_began(world, tmp_path, monkeypatch):
+    """With epochs cut into steps of 4 and 1 clips, where this version takes 3 and 2."""
+    data = copy_of(world.data, tmp_path / "data")
+    for number in range(2):
+        sf.write(data / f"more{number}.wav", tone(number, 1.0), 32_000)
+        (data / f"more{number}.txt").write_text("more")
+    world = world._replace(data=data)
+    with monkeypatch.context() as patch:
+        patch.setattr("training.start.make_plan", lambda *a: replace(make_plan(*a), is_even=False))
+        whole = run(world, tmp_path / "whole", batch_size=2)
+        with at_encoding(9, fail), pytest.raises(Fault):
+            run(world, tmp_path / "run", batch_size=2)
+    with_state(tmp_path / "run", lambda state: (state.pop("is_even"), state.pop("warmup")))
+    assert_same_run(run(world, tmp_path / "run", batch_size=2, resume=True), whole)
+    even = run(world, tmp_path / "even", batch_size=2)
+    assert not same_weights(weights(even), weights(whole))
+
+
+@pytest.mark.parametrize("of_an_earlier_version", [False, True])
+def test_a_prolonged_run_does_not_warm_up_again(of_an_earlier_version, world, tmp_path):
+    flags = {"save_step": 2, "warmup_steps": 8}
+    output = run(world, tmp_path / "run", **flags)
+    if of_an_earlier_version:
+        with_state(output, lambda state: state.pop("warmup"))
+    run(world, output, **flags, epochs=6, resume=True)
+    rates = [row["lr"] for row in metrics(output) if "loss" in row]
+    cosine = [5e-4 * (1 + math.cos(math.pi * step / 12)) for step in range(12)]
+    assert rates[STEPS:] == pytest.approx(cosine[STEPS:])
 
 
 def add(data: Path) -> None:
