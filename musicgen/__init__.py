@@ -13,6 +13,11 @@ from collections.abc import Iterator
 
 import torch
 
+from errors import UserError
+
+VERSION = "1.3.0"
+INSTALL = f"pip install --no-deps audiocraft=={VERSION}"
+
 
 def _stand_in_for_xformers() -> None:
     """Let audiocraft import without xformers, which many systems have no wheels for.
@@ -43,10 +48,25 @@ def _without(name: str) -> Iterator[None]:
             sys.modules[name] = before
 
 
+def _import_audiocraft() -> None:
+    """Errors: UserError with the line to type if audiocraft is missing, or another version."""
+    try:
+        import audiocraft
+    except ModuleNotFoundError as error:
+        if error.name != "audiocraft":
+            raise
+        raise UserError(f"audiocraft is not installed: {INSTALL}") from None
+    if audiocraft.__version__ != VERSION:
+        raise UserError(
+            f"audiocraft {audiocraft.__version__} is installed, and this needs {VERSION}: {INSTALL}"
+        )
+    # flashy, a part of audiocraft, would import wandb, which is for --use_wandb=1 alone.
+    with warnings.catch_warnings(), _without("wandb"):
+        warnings.simplefilter("ignore")  # the libraries' own; a user can do nothing about them
+        import audiocraft.models
+
+
 _stand_in_for_xformers()
-# flashy, a part of audiocraft, would import wandb, which is for --use_wandb=1 alone.
-with warnings.catch_warnings(), _without("wandb"):
-    warnings.simplefilter("ignore")  # the libraries' own; a user can do nothing about them
-    import audiocraft.models  # noqa: F401
+_import_audiocraft()
 for _library in ("audiocraft", "bitsandbytes"):
     logging.getLogger(_library).setLevel(logging.ERROR)

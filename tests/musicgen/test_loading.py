@@ -350,3 +350,27 @@ def test_the_dropout_settings_of_a_published_config_are_no_obstacle(mono_folder,
     folder = reconfigured(mono_folder, tmp_path / "model", change)
     model = load.load_model(str(folder), CPU)
     assert text_conditioner(model.lm).word_dropout == 0
+
+
+@pytest.mark.parametrize(
+    ("package", "what"),
+    [
+        ("raise ModuleNotFoundError('gone', name='audiocraft')", "audiocraft is not installed"),
+        ("__version__ = '1.2.0'", "audiocraft 1.2.0 is installed, and this needs 1.3.0"),
+    ],
+)
+@pytest.mark.parametrize("script", ["run.py", "generate.py", "export.py", "prepare.py"])
+def test_without_the_right_audiocraft_each_command_says_the_line_to_type(
+    script, package, what, tmp_path
+):
+    (tmp_path / "audiocraft").mkdir()
+    (tmp_path / "audiocraft" / "__init__.py").write_text(package)
+    words = {
+        "run.py": ["--dataset_path=demo/dataset/train"],
+        "generate.py": ["--prompt=a waltz", "--weights_path=None"],
+        "export.py": [f"--lora={tmp_path}"],
+        "prepare.py": ["encode", "demo/dataset/train", tmp_path / "tokens"],
+    }
+    result = run_script(script, *words[script], PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr == f"error: {what}: pip install --no-deps audiocraft==1.3.0\n"
