@@ -15,7 +15,7 @@ def export(config: ExportConfig) -> Path:
     if path.exists() and not config.overwrite:
         raise UserError(f"--output={path}: exists; give another name, or --overwrite=1")
     adapters = [lora.read(folder) for folder in config.lora]
-    model_id = config.model_id or adapters[0][1].base_model_name_or_path or "small"
+    model_id = config.model_id or adapters[0].config.base_model_name_or_path or "small"
 
     files.check_writable(path.parent, "--output")
     state = read_lm_state(model_id)

@@ -130,7 +130,7 @@ def _model_id(
     if config.full_weights:
         noted = (files.read_json(Path(config.full_weights).parent / RUN) or {}).get("model_id")
     elif adapters:
-        noted = adapters[0][1].base_model_name_or_path
+        noted = adapters[0].config.base_model_name_or_path
     elif embeddings:
         noted = embeddings[0].model_id
     return config.model_id or noted or "small"

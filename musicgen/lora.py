@@ -5,7 +5,7 @@ Letters: r rank; an adapted weight W [out, in] becomes W + scale * scaling * B [
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -20,11 +20,16 @@ from musicgen.attention import adapted_linear
 FILES = ("adapter_config.json", "adapter_model.safetensors")  # peft's names
 if TYPE_CHECKING:  # slow to import, and only for LoRA
     from peft import LoraConfig, PeftModel
-
-    Adapter = tuple[dict[str, torch.Tensor], LoraConfig]
 LAYERS = r"transformer\.layers\.\d+\.(linear1|linear2|(self_attn|cross_attention)\.out_proj)"
 ENDS = r"emb\.\d+|linears\.\d+"  # token embeddings and output heads
 FUSED = ["self_attn.in_proj_weight", "cross_attention.in_proj_weight"]  # Q, K and V
+
+
+class Adapter(NamedTuple):
+    """The tensors of an adapter by peft's names, and its config."""
+
+    tensors: dict[str, torch.Tensor]
+    config: "LoraConfig"
 
 
 def attach(
@@ -86,7 +91,7 @@ def save(model: "PeftModel", folder: Path) -> None:
 
 def merge(
     state: dict[str, torch.Tensor],
-    adapter: "Adapter",
+    adapter: Adapter,
     scale: float = 1.0,
     *,
     in_place: bool = False,
@@ -120,16 +125,16 @@ def merge(
             state[name] = total
 
 
-def parts(model: "PeftModel") -> "Adapter":
+def parts(model: "PeftModel") -> Adapter:
     """The tensors and the LoraConfig of adapters that are in training, as `merge` takes them."""
     from peft import LoraConfig, get_peft_model_state_dict
 
     config = model.peft_config["default"]
     assert isinstance(config, LoraConfig)
-    return get_peft_model_state_dict(model, save_embedding_layers=False), config
+    return Adapter(get_peft_model_state_dict(model, save_embedding_layers=False), config)
 
 
-def read(folder: str) -> "Adapter":
+def read(folder: str) -> Adapter:
     """The tensors and the LoraConfig of an adapter in peft's format. Errors: UserError."""
     from peft import LoraConfig
 
@@ -155,7 +160,7 @@ def read(folder: str) -> "Adapter":
     if beyond or not pairs or len(tensors) != 2 * len(pairs):
         what = ", ".join(beyond) or "the names of its tensors"
         raise UserError(f"--lora={folder}: is not plain LoRA of one rank ({what})")
-    return tensors, config
+    return Adapter(tensors, config)
 
 
 def _is_inner(key: str) -> bool:  # A, not B

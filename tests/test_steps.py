@@ -122,16 +122,16 @@ def learning_rate(done: int, total: int, warmup: int, schedule: str) -> float:
 RUNS = [  # files, batch_size, grad_acc, epochs, max_steps, warmup_steps, lr_scheduler -> steps
     (1, 1, 1, 1, None, 0, "cosine", 1),
     (1, 4, 8, 3, None, 1, "cosine", 3),  # fewer clips than a batch, fewer batches than grad_acc
-    (3, 2, 2, 4, None, 2, "linear", 4),
+    (3, 2, 2, 4, None, 2, "cosine", 4),
     (4, 2, 2, 5, None, 0, "cosine", 5),
     (5, 2, 2, 3, None, 3, "cosine", 6),  # the last step of an epoch has one clip
     (5, 1, 1, 2, None, 4, "constant", 10),
-    (5, 1, 2, 2, 4, 1, "linear", 4),  # stops in the middle of an epoch
+    (5, 1, 2, 2, 4, 1, "constant", 4),  # stops in the middle of an epoch
     (5, 5, 1, 4, 0, 3, "cosine", 4),  # 0 = by epochs
-    (2, 1, 3, 7, 100, 2, "linear", 7),  # max_steps beyond the epochs
+    (2, 1, 3, 7, 100, 2, "cosine", 7),  # max_steps beyond the epochs
     (5, 3, 1, 3, None, 5, "constant", 6),
     (4, 1, 4, 12, None, 16, "cosine", 12),  # warm-up longer than the run
-    (1, 1, 1, 2, None, 2, "linear", 2),
+    (1, 1, 1, 2, None, 2, "cosine", 2),
 ]
 
 

@@ -1,5 +1,6 @@
 """LoRA: what it changes and what not, what it leaves, and who can load that."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -182,10 +183,17 @@ def test_embeddings_and_heads_if_asked(mono_folder):
     torch.testing.assert_close(loss(plain(mono_folder, merged)), loss(lm), rtol=1e-5, atol=1e-5)
 
 
-def test_rslora_divides_by_the_root_of_the_rank(mono_folder):
-    adapter = lora.attach(plain(mono_folder), rank=16, alpha=8, rslora=True)
-    scalings = {m.scaling["default"] for m in adapter.modules() if hasattr(m, "scaling")}
-    assert scalings == {2.0}
+def test_an_adapter_of_others_with_rslora_is_merged_with_its_own_scaling(adapted):
+    _, base, folder = adapted
+    plain_one = lora.read(str(folder))
+    config = copy.copy(plain_one.config)
+    config.use_rslora = True  # alpha / sqrt(rank) instead of alpha / rank
+    name = "transformer.layers.0.linear1.weight"
+    changes = [
+        with_adapter(base, adapter)[name] - base[name]
+        for adapter in (plain_one, plain_one._replace(config=config))
+    ]
+    torch.testing.assert_close(changes[1], changes[0] * RANK**0.5, rtol=1e-3, atol=1e-6)
 
 
 def test_dropout_acts_on_every_adapter_while_training(mono_folder):

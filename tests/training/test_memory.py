@@ -1,7 +1,6 @@
 """--dry_run: what it says, that it needs neither weights nor network, and what moves the peak."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -67,7 +66,7 @@ def test_melodies_are_counted_as_they_are_in_the_loaded_model(melody_folder, tmp
         load.load_model(str(melody_folder), torch.device("cpu")).lm,
     )
     config = tiny_config(melody_folder, tmp_path, tmp_path / "out")
-    stand_in = skeleton.build_lm(config, model, 2, torch.bfloat16)
+    stand_in = memory.language_model(config, model, 2, torch.bfloat16)
     found, real = (melody.melody_conditioner(each) for each in (stand_in, lm))
     assert found.none().shape == real.none().shape
     shapes = [{name: p.shape for name, p in each.named_parameters()} for each in (stand_in, lm)]
@@ -92,8 +91,8 @@ def test_published_sizes():
     """Parameters as the loaded models have them; small's is also Meta's figure."""
     for name, millions in (("small", 420.4), ("stereo-small", 437.2)):
         model = configs(name)
-        config = tiny_config(name, Path(), Path("out"))
-        lm = skeleton.build_lm(config, model, model[0].transformer_lm.num_layers, torch.bfloat16)
+        layers = model[0].transformer_lm.num_layers
+        lm = skeleton.build_lm(model[0], model[2], layers, torch.bfloat16)
         assert round(sum(p.numel() for p in lm.parameters()) / 1e6, 1) == millions
 
 
