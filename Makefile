@@ -15,7 +15,7 @@ help:
 	@echo "make demo      fine-tune a tiny MusicGen on a small dataset, on any machine"
 	@echo "make demo-dataset, make demo-model   make demo/dataset/, demo/model/ again: demo/README.md"
 	@echo "make test      run the tests"
-	@echo "make lint      check style and types"
+	@echo "make lint      check style, types and imports"
 	@echo "make clean     delete $(VENV), caches and demo/output/; models/ and generated/ stay"
 
 install: $(INSTALLED)
@@ -63,6 +63,7 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python tests/imports.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo/output
