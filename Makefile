@@ -15,7 +15,7 @@ help:
 	@echo "make demo      fine-tune a tiny MusicGen on a small dataset, on any machine"
 	@echo "make demo-dataset, make demo-model   make demo/dataset/, demo/model/ again: demo/README.md"
 	@echo "make test      run the tests"
-	@echo "make lint      check style, types and imports"
+	@echo "make lint      check style, types, imports and lengths"
 	@echo "make clean     delete $(VENV), caches and demo/output/; models/ and generated/ stay"
 
 install: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""Check which file imports which: a part of `make lint`.
+"""Check which file imports which, and how long files and functions are: a part of `make lint`.
 
     python tests/imports.py
 
@@ -32,6 +32,9 @@ HEAVY = ["torch", "audiocraft"]
 HEAVY += ["accelerate", "bitsandbytes", "demucs", "peft", "safetensors.torch", "torchao"]
 HEAVY += ["torchaudio", "transformers"]  # these import torch
 
+MAX_FILE, MAX_FUNCTION = 400, 70  # lines
+ANY_LENGTH = ["tests", "demo.build"]
+
 RANKS = {top: rank for rank, tops in enumerate([FREE, *LAYERS]) for top in tops}
 ORDER = " -> ".join(", ".join(tops) for tops in LAYERS)
 
@@ -46,10 +49,13 @@ class Import(NamedTuple):
 def check(root: Path) -> list[str]:
     """Return what breaks a rule in the project at `root`, each as `file:line: message`."""
     paths = dict(_modules(root))
-    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in paths.items()}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+    trees = {name: ast.parse(text) for name, text in texts.items()}
     imports = {name: list(_imports(name, tree, paths)) for name, tree in trees.items()}
     found = [(name, *wrong) for name in imports for wrong in _wrong_layer(name, imports[name])]
     found += [*_heavy(imports), *_circle(imports)]
+    for name in (name for name in paths if not _within(name, ANY_LENGTH)):
+        found += [(name, *wrong) for wrong in _too_long(texts[name], trees[name])]
     places = [(paths[name].relative_to(root).as_posix(), line, text) for name, line, text in found]
     return [f"{path}:{line}: {text}" for path, line, text in sorted(set(places))]
 
@@ -137,6 +143,19 @@ def _circle(imports: dict[str, list[Import]]) -> Iterator[tuple[str, int, str]]:
         yield circle[0], line, f"imports in a circle: {' -> '.join(map(_shown, circle))}"
 
 
+def _too_long(text: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    if (lines := len(text.splitlines())) > MAX_FILE:
+        yield 1, f"has {lines} lines; a file may have {MAX_FILE}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            if lines > MAX_FUNCTION:
+                yield (
+                    node.lineno,
+                    f"{node.name} has {lines} lines; a function may have {MAX_FUNCTION}",
+                )
+
+
 def _within(name: str, tops: list[str]) -> bool:
     return any(name == top or name.startswith(f"{top}.") for top in tops)
 
@@ -151,5 +170,5 @@ def _shown(name: str) -> str:
 
 if __name__ == "__main__":
     wrong = check(Path(__file__).parent.parent)
-    print("\n".join(wrong) or "All imports run down.")
+    print("\n".join(wrong) or "Imports and lengths are fine.")
     sys.exit(1 if wrong else 0)

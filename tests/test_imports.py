@@ -1,4 +1,4 @@
-"""The import rules hold, and each way to break one is found."""
+"""The rules for imports and lengths hold, and each way to break one is found."""
 
 import shutil
 import subprocess
@@ -155,6 +155,22 @@ def test_a_circle(tmp_path, files, circle):
     assert sorted(others) == sorted(circle.split(" -> "))
 
 
+def test_what_is_too_long(tmp_path):
+    tree = {
+        "files.py": "\n" * 399,
+        "errors.py": "\n" * 400,
+        "train.py": "def f():\n" + "    x = 0\n" * 69,
+        "commands/check.py": "class A:\n    async def f():\n" + "        x = 0\n" * 70,
+        "tests/test_run.py": "\n" * 400 + "def f():\n" + "    x = 0\n" * 70,
+        "demo/build/codec.py": "\n" * 400,
+    }
+    write(tmp_path, {**TREE, **tree})
+    assert imports.check(tmp_path) == [
+        "commands/check.py:2: f has 71 lines; a function may have 70",
+        "errors.py:1: has 401 lines; a file may have 400",
+    ]
+
+
 def test_the_exit_code(tmp_path):
     write(tmp_path, TREE)
     script = shutil.copy(imports.__file__, tmp_path / "tests" / "imports.py")
@@ -163,7 +179,7 @@ def test_the_exit_code(tmp_path):
         done = subprocess.run([sys.executable, script], capture_output=True, text=True)
         return done.returncode, done.stdout
 
-    assert run() == (0, "All imports run down.\n")
+    assert run() == (0, "Imports and lengths are fine.\n")
     write(tmp_path, {"errors.py": "import files"})
     code, told = run()
     assert code == 1
