@@ -368,7 +368,7 @@ def existing_piece(world: World) -> dict[str, Any]:
 
 
 def to(path: str, **more: Any) -> Callable[[World], dict[str, Any]]:
-    return lambda world: {"output": world.tmp / path, **more}
+    return lambda world: {"output_dir": world.tmp / path, **more}
 
 
 GENERATE_CASES: dict[str, tuple[Callable[[World], dict[str, Any]], list[str]]] = {
@@ -386,18 +386,20 @@ GENERATE_CASES: dict[str, tuple[Callable[[World], dict[str, Any]], list[str]]] =
     "opening with NaN": (audio(wav(holding(np.nan), "FLOAT")), ["--prompt_audio=", "not finite"]),
     "overlap = window": (flags(overlap=20), ["--overlap=20", "less than", "20 s"]),
     "overlap all but it": (flags(overlap=19.999), ["--overlap=19.999", "less than", "20 s"]),
-    "piece exists": (existing_piece, ["x_0.wav exists", "--output", "--overwrite=1"]),
+    "piece exists": (existing_piece, ["x_0.wav exists", "--output_dir", "--overwrite=1"]),
     "one name for two": (to("a.wav", variations=2), ["a.wav: one file for 2 pieces"]),
-    "output is a file": (to("music/clip0.txt"), ["--output=", "clip0.txt: is a file"]),
-    "output in a file": (to("music/clip0.txt/x"), ["--output=", "clip0.txt"]),
-    "wav in a file": (to("music/clip0.txt/x.wav"), ["--output=", "clip0.txt"]),
+    "output is a file": (to("music/clip0.txt"), ["--output_dir=", "clip0.txt: is a file"]),
+    "output in a file": (to("music/clip0.txt/x"), ["--output_dir=", "clip0.txt"]),
+    "wav in a file": (to("music/clip0.txt/x.wav"), ["--output_dir=", "clip0.txt"]),
     "no duration": (flags(duration=0), ["--duration=0:", "greater than 0"]),
     "no CUDA": (
         machine("torch.cuda.is_available", lambda: False, device="cuda"),
         ["--device=cuda"],
     ),
     "memory": (
-        machine("sampling.generate", raises(torch.OutOfMemoryError("CUDA out of memory."))),
+        machine(
+            "musicgen.sampling.generate", raises(torch.OutOfMemoryError("CUDA out of memory."))
+        ),
         ["out of memory", "--variations", "--overlap", "--model_id"],
     ),
 }
@@ -408,7 +410,7 @@ def test_generation_is_refused_with_a_reason_and_a_remedy(name, world, cli):
     spoil, says = GENERATE_CASES[name]
     given = {
         **{"prompt": "x", "duration": 0.1, "device": "cpu", "overlap": 1},
-        **{"model_id": world.model, "output": world.output, "weights_path": None},
+        **{"model_id": world.model, "output_dir": world.output, "weights_path": None},
         **spoil(world),
     }
     before = files(world)

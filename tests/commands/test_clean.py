@@ -82,7 +82,9 @@ def test_pieces_hold_all_that_sounds_exactly_and_each_its_captions(run, tmp_path
 
 
 def test_short_pieces_are_joined_unless_far_apart(run, tmp_path):
-    config = CleanConfig(folder=str(tmp_path), out="x", split_silences=True, piece_sec=4)
+    config = CleanConfig(
+        dataset_path=str(tmp_path), output_dir="x", split_silences=True, piece_sec=4
+    )
     parts = [tone(0, 1.0), silence(2), tone(1, 5.0), silence(2), tone(2, 1.0), silence(9)]
     wav = np.concatenate([*parts, tone(3, 1.0)]).astype(np.float32)
     pieces = commands.clean._pieces(wav, RATE, config)

@@ -379,9 +379,9 @@ def test_two_words_at_once(play, learned, mono_folder, tmp_path):
             "--placeholder_init=夢: the text encoder",
         ),
         ({"placeholder": WORD, "placeholder_init": " "}, "--placeholder_init= : the text encoder"),
-        ({"placeholder": WORD, "tune_text": 1}, "--placeholder and --tune_text exclude"),
-        ({"placeholder": WORD, "lora_rank": 4}, "--placeholder and --lora_rank exclude"),
-        ({"placeholder": WORD, "no_label": 1}, "--placeholder and --no_label exclude"),
+        ({"placeholder": WORD, "tune_text": 1}, "--tune_text and --placeholder exclude"),
+        ({"placeholder": WORD, "lora_rank": 4}, "--lora_rank and --placeholder exclude"),
+        ({"placeholder": WORD, "no_label": 1}, "--no_label and --placeholder exclude"),
     ],
     ids=str,
 )

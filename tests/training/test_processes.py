@@ -98,13 +98,13 @@ def test_two_processes_train_as_one(one_process, mono_folder, tmp_path) -> None:
 
 EACH_KEEPS_ITS_WEIGHTS = """
 import json, sys, torch
+import train
 from flags.run import Config
-from train import train
 
-start, runs = start, []
-start = lambda config: runs.append(start(config)) or runs[0]
+start, runs = train.start, []
+train.start = lambda config: runs.append(start(config)) or runs[0]
 config = Config(**json.loads(sys.argv[1]))
-train(config)
+train.train(config)
 torch.save(runs[0].trained, f"{config.output_dir}/{runs[0].accelerator.process_index}.pt")
 """
 
