@@ -296,7 +296,7 @@ def test_what_a_run_leaves(cli, mono_folder, make_pairs, tmp_path):
     again = cli(run, **flags)
     assert again.code == 1
     assert "holds an earlier run (learned_embeds_3.safetensors, " in again.err
-    (output / f".{EMBEDDING}.tmp").write_bytes(b"half")
+    (output / f".{EMBEDDING}.123.tmp").write_bytes(b"half")
     flags |= {"max_steps": 1, "save_step": 0}
     del flags["keep_checkpoints"]
     assert cli(run, **flags, overwrite=1).code == 0
