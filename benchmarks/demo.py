@@ -24,9 +24,9 @@ def main(seeds: int = 3) -> None:
         with tempfile.TemporaryDirectory() as name:
             models, before, after = (Path(name) / part for part in ("models", "before", "after"))
             pieces = {**GENERATE, "seed": seed}
-            run("generate.py", {**pieces, "weights_path": None, "output": before}, quiet=True)
+            run("generate.py", {**pieces, "weights_path": None, "output_dir": before}, quiet=True)
             run("run.py", {**TRAIN, "output_dir": models, "seed": seed}, quiet=True)
-            trained = {"weights_path": models / "lm_final.pt", "output": after}
+            trained = {"weights_path": models / "lm_final.pt", "output_dir": after}
             run("generate.py", {**pieces, **trained}, quiet=True)
             found = changes(models, before, after)
         losses, far, heard = found.losses, found.distances, found.heard

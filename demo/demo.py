@@ -50,9 +50,9 @@ GENERATE: dict[str, Any] = {
 
 
 def main() -> None:
-    run("generate.py", {**GENERATE, "weights_path": None, "output": BEFORE})
+    run("generate.py", {**GENERATE, "weights_path": None, "output_dir": BEFORE})
     run("run.py", TRAIN)
-    run("generate.py", {**GENERATE, "weights_path": MODELS / "lm_final.pt", "output": AFTER})
+    run("generate.py", {**GENERATE, "weights_path": MODELS / "lm_final.pt", "output_dir": AFTER})
     print(summary())
 
 

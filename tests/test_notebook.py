@@ -96,7 +96,7 @@ def test_it_leaves_the_weights_and_a_piece_longer_than_the_window(shown, output)
 
 def test_a_second_run_stops_before_it_replaces_anything(shown, output):
     files = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    with pytest.raises(CellExecutionError, match="exists: give another --output"):
+    with pytest.raises(CellExecutionError, match="exists: give another --output_dir"):
         execute(OUTPUT=str(output), **TINY)
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == files
 

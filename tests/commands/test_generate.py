@@ -62,7 +62,7 @@ def play(cli, tmp_path: Path, asked_for: list[str]) -> Callable[..., list[Path]]
 
     def call(**flags: object) -> list[Path]:
         runs.append(flags)
-        here = {"output": tmp_path / f"out{len(runs)}", "device": "cpu", "weights_path": None}
+        here = {"output_dir": tmp_path / f"out{len(runs)}", "device": "cpu", "weights_path": None}
         tiny = {"prompt": "slow piano", "duration": 0.3, "overlap": 1, "model_id": "tiny"}
         result = cli(generate, **{**here, **tiny, **flags})
         assert result.code == 0, result.err
@@ -104,7 +104,7 @@ def test_prompts_come_from_a_file_in_any_script(play, tmp_path):
 
 
 def test_a_wav_name_is_taken_as_it_is(play, tmp_path):
-    assert play(output=tmp_path / "new" / "waltz.wav") == [tmp_path / "new" / "waltz.wav"]
+    assert play(output_dir=tmp_path / "new" / "waltz.wav") == [tmp_path / "new" / "waltz.wav"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["waltz.wav"]
 
 
@@ -267,8 +267,8 @@ def test_a_loud_piece_is_lowered_not_clipped(play, model, monkeypatch):
 
 def test_an_existing_piece_is_replaced_only_when_asked_to(cli, asked_for, tmp_path):
     output = tmp_path / "waltz.wav"
-    flags = {"prompt": "waltz", "duration": 0.1, "overlap": 1, "device": "cpu", "output": output}
-    flags |= {"weights_path": None, "model_id": "tiny"}
+    flags = {"prompt": "waltz", "duration": 0.1, "overlap": 1, "output_dir": output}
+    flags |= {"weights_path": None, "model_id": "tiny", "device": "cpu"}
     output.write_bytes(b"precious")
     refused = cli(generate, **flags)
     assert refused.code == 1
@@ -284,7 +284,7 @@ def test_progress_is_on_stderr_and_ends_full(cli, asked_for, tmp_path):
     done = cli(
         generate,
         **{"prompt": '["a", "b"]', "duration": 4.2, "overlap": 1, "variations": 2},
-        **{"device": "cpu", "weights_path": None, "model_id": "x", "output": tmp_path / "out"},
+        **{"device": "cpu", "weights_path": None, "model_id": "x", "output_dir": tmp_path / "out"},
     )
     assert "generating" not in done.out
     bars = done.err.replace("\n", "\r").split("\r")

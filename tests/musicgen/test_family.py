@@ -72,7 +72,7 @@ def test_a_member_of_the_family_trains_and_generates(name, lora_rank, folders, t
     matrices = {key for key in before if "layers" in key and key.endswith("weight")}
     assert changed >= {key for key in matrices if "norm" not in key}
 
-    asked = {**flags, "prompt": "a waltz", "duration": 1, "output": tmp_path / "tuned.wav"}
+    asked = {**flags, "prompt": "a waltz", "duration": 1, "output_dir": tmp_path / "tuned.wav"}
     if "melody" in name:
         sf.write(tmp_path / "melody.wav", tone(0, 1.0), 32_000)
         asked["melody"] = tmp_path / "melody.wav"

@@ -304,7 +304,7 @@ def test_an_adapter_is_not_overwritten_unasked(cli, mono_folder, make_pairs, tmp
     assert (folder / "adapter_model.safetensors").read_bytes() == b"mine"
 
 
-# generate.py and lora.py
+# generate.py and export.py
 
 
 def test_generate_plays_adapters_on_the_model_they_name(cli, adapted, mono_folder, tmp_path):
@@ -313,7 +313,7 @@ def test_generate_plays_adapters_on_the_model_they_name(cli, adapted, mono_folde
 
     def play(name: str, **flags: object) -> bytes:
         path = tmp_path / f"{name}.wav"
-        result = cli(generate, **tiny, output=path, **flags)
+        result = cli(generate, **tiny, output_dir=path, **flags)
         assert result.code == 0, result.err
         return path.read_bytes()
 
@@ -324,7 +324,7 @@ def test_generate_plays_adapters_on_the_model_they_name(cli, adapted, mono_folde
     assert two == base
 
 
-def test_lora_py_merges_one_into_plain_weights(cli, adapted, tmp_path):
+def test_export_merges_one_into_plain_weights(cli, adapted, tmp_path):
     _, base, folder = adapted
     path = tmp_path / "merged.pt"
     assert cli(export, lora=folder, lora_scale=0.5, output=path).code == 0
@@ -358,7 +358,7 @@ def test_a_wrong_adapter_is_told(flags, message, cli, adapted, tmp_path):
         (tmp_path / "damaged" / name).write_bytes(content[: len(content) // 2])
     places = {"empty": tmp_path / "empty", "damaged": tmp_path / "damaged", "lora": folder}
     flags = {name: value.format(**places) for name, value in flags.items()}
-    result = cli(generate, prompt="x", output=tmp_path / "x.wav", device="cpu", **flags)
+    result = cli(generate, prompt="x", output_dir=tmp_path / "x.wav", device="cpu", **flags)
     assert result.code == 1
     assert message in result.err
     assert "Traceback" not in result.err

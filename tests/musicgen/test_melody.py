@@ -289,7 +289,7 @@ def test_without_demucs_captions_alone_can_be_trained(
 
 def asked(model: Path, output: Path) -> dict[str, object]:
     """Flags of generate.py for a second of music."""
-    flags = {"prompt": "a waltz", "model_id": model, "weights_path": None, "output": output}
+    flags = {"prompt": "a waltz", "model_id": model, "weights_path": None, "output_dir": output}
     return {**flags, "duration": 1, "device": "cpu"}
 
 

@@ -318,7 +318,7 @@ def play(cli, tmp_path):
     def play(name: str, prompt: str = f"{WORD} drums", **flags: object) -> bytes:
         path = tmp_path / f"{name}.wav"
         tiny = {"prompt": prompt, "duration": 0.3, "device": "cpu", "temperature": 0}
-        result = cli(generate, **tiny, output=path, **flags)
+        result = cli(generate, **tiny, output_dir=path, **flags)
         assert result.code == 0, result.err
         assert ("no prompt has <my-style>" in result.err) == (
             "embedding" in flags and WORD not in prompt
@@ -428,7 +428,7 @@ def broken(path: Path, what: str) -> None:
 def test_a_wrong_embedding_is_told(what, message, cli, mono_folder, tmp_path):
     path = tmp_path / "word"
     broken(path, what)
-    flags = {"embedding": path, "model_id": mono_folder, "output": tmp_path / "x.wav"}
+    flags = {"embedding": path, "model_id": mono_folder, "output_dir": tmp_path / "x.wav"}
     result = cli(generate, prompt=WORD, device="cpu", **flags)
     assert result.code == 1
     assert f"--embedding={path}: " in result.err
@@ -437,8 +437,10 @@ def test_a_wrong_embedding_is_told(what, message, cli, mono_folder, tmp_path):
 
 
 def test_an_embedding_that_is_not_there_or_given_twice_is_told(cli, learned, tmp_path):
-    result = cli(generate, prompt=WORD, embedding="nowhere", output=tmp_path / "x.wav")
+    result = cli(generate, prompt=WORD, embedding="nowhere", output_dir=tmp_path / "x.wav")
     assert (result.code, "--embedding=nowhere: no such file" in result.err) == (1, True)
     twice = json.dumps([str(learned)] * 2)
-    result = cli(generate, prompt=WORD, embedding=twice, device="cpu", output=tmp_path / "x.wav")
+    result = cli(
+        generate, prompt=WORD, embedding=twice, device="cpu", output_dir=tmp_path / "x.wav"
+    )
     assert (result.code, "has the word <my-style> already" in result.err) == (1, True)
