@@ -11,8 +11,9 @@ from conftest import ROOT
 import generate
 import run
 from errors import UserError
-from flags.generate import GenerateConfig
+from flags.generate import ExportConfig, GenerateConfig
 from flags.parse import Flags, parse
+from flags.prepare import CheckConfig, CleanConfig, EncodeConfig, ShardConfig
 from flags.run import Config
 
 # The original trainer's flags: default, another value as it is typed, and what that means.
@@ -31,6 +32,15 @@ ORIGINAL = {
     "batch_size": (4, "1", 1),
     "use_cfg": (0, "1", True),
 }
+COMMANDS = [
+    Config,
+    GenerateConfig,
+    ExportConfig,
+    CheckConfig,
+    CleanConfig,
+    EncodeConfig,
+    ShardConfig,
+]
 FORBIDDEN = {"torch", "audiocraft", "transformers", "accelerate", "matplotlib"}
 
 
@@ -50,7 +60,7 @@ def read(monkeypatch: pytest.MonkeyPatch):
 
     def reader(*words: str, cls: type[Flags] = Config):
         monkeypatch.setattr(sys, "argv", ["run.py", *words])
-        return parse(cls, aliases={"dataset": "dataset_path"} if cls is Config else None)
+        return parse(cls)
 
     return reader
 
@@ -88,7 +98,6 @@ READS = [
     (["--save_step=None"], "save_step", None),
     (["--save_step=0"], "save_step", 0),
     (["--batch-size=2"], "batch_size", 2),
-    (["-b", "2"], "batch_size", 2),
     (["--lr=1", "--lr=0.5"], "lr", 0.5),
     (["--seed=9007199254740993"], "seed", 9007199254740993),
     (["--sample_step=1", "--sample_prompts=lo-fi, calm"], "sample_prompts", ["lo-fi, calm"]),
@@ -128,6 +137,7 @@ MISTAKES = [  # the command line, and what its message must hold
     ([DATA, "--use_wandb=2"], ["--use_wandb=2", "boolean"]),
     ([DATA, "--use_wandb=maybe"], ["--use_wandb=maybe", "boolean", "0 = off"]),
     ([DATA, "--precision=fp8"], ["--precision=fp8", "'bf16'"]),
+    ([DATA, "--lr_scheduler=linear"], ["--lr_scheduler=linear", "'cosine' or 'constant'"]),
     ([DATA, "--valid_split=1"], ["--valid_split=1", "less than 1"]),
     ([DATA, "--sample_step=1", "--sample_prompts=[]"], ["--sample_prompts=[]"]),
     ([DATA, "--sample_step=1", "--sample_prompts=no.txt"], ["--sample_prompts=no.txt", "no.txt"]),
@@ -137,6 +147,7 @@ MISTAKES = [  # the command line, and what its message must hold
     (["--datset=music"], ["--datset: no such flag", "did you mean --dataset_path?"]),
     ([DATA, "--epoch=3"], ["--epoch: no such flag", "did you mean --epochs?"]),
     ([DATA, "--words=3"], ["--words: no such flag"]),
+    ([DATA, "-b", "2"], ["--b: no such flag"]),
     (["music"], ["music: not a flag", "--flag=value"]),
     ([DATA, "lr", "0.1"], ["lr: not a flag", "0.1: not a flag"]),
     (["--lr=abc", "--epoch=3", "stray"], ["--lr=abc", "--epochs?", "stray", "--dataset_path is"]),
@@ -160,6 +171,52 @@ def test_mistake_is_told_with_flag_value_and_remedy(words, says, read):
         assert jargon not in str(error.value)
 
 
+# An alias, other flags that its command needs, and what the flag's own name then holds.
+ALIASES = [
+    (Config, "dataset", [], "music"),
+    (GenerateConfig, "weights", ["--prompt=x"], "lm.pt"),
+    (GenerateConfig, "output", ["--prompt=x"], "out"),
+    (CheckConfig, "folder", [], "music"),
+    (CleanConfig, "folder", ["--output_dir=out", "--loudness=-14"], "music"),
+    (CleanConfig, "out", ["--dataset_path=music", "--loudness=-14"], "out"),
+    (EncodeConfig, "folder", ["--output_dir=out"], "music"),
+    (EncodeConfig, "out", ["--dataset_path=music"], "out"),
+    (ShardConfig, "folder", ["--output_dir=out"], "music"),
+    (ShardConfig, "out", ["--dataset_path=music"], "out"),
+]
+
+
+@pytest.mark.parametrize(("cls", "alias", "words", "value"), ALIASES)
+def test_alias_is_the_flag(cls, alias, words, value, read):
+    flag = cls.ALIASES[alias]
+    config = read(f"--{alias}={value}", *words, cls=cls)
+    assert config == read(f"--{flag}={value}", *words, cls=cls)
+    assert getattr(config, flag) == value
+    with pytest.raises(UserError, match=f"--{alias}: no such flag"):  # one of the two is meant
+        read(f"--{alias}={value}", f"--{flag}={value}", *words, cls=cls)
+
+
+def test_every_alias_is_tried():
+    known = {(cls, alias) for cls in COMMANDS for alias in cls.ALIASES}
+    assert known == {(cls, alias) for cls, alias, *_ in ALIASES}
+
+
+REMOVED = {
+    "drop_desc_p": "probability of 0.5",
+    "drop_other_p": "probability of 0.5",
+    "lora_rslora": "give a larger --lora_alpha",
+}
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_removed_flag_is_told_with_what_replaces_it(name, read):
+    with pytest.raises(UserError) as error:
+        read(DATA, f"--{name}=1")
+    assert f"--{name}: no longer a flag: " in str(error.value)
+    assert REMOVED[name] in str(error.value)
+    assert "no such flag" not in str(error.value)
+
+
 def test_home_folder_is_understood_in_every_path(read, monkeypatch, tmp_path):
     """A shell leaves the ~ of --flag=~/folder to the program."""
     for variable in ("HOME", "USERPROFILE"):
@@ -168,11 +225,11 @@ def test_home_folder_is_understood_in_every_path(read, monkeypatch, tmp_path):
     assert config.dataset_path == str(tmp_path / "music")
     assert config.valid_path == str(tmp_path / "other")
     assert config.output_dir == str(tmp_path / "out")
-    words = ["--prompt=x", "--weights_path=~/lm.pt", "--prompt_audio=~/song.wav", "--output=~/out"]
-    config = read(*words, cls=GenerateConfig)
+    words = ["--prompt=x", "--weights_path=~/lm.pt", "--prompt_audio=~/song.wav"]
+    config = read(*words, "--output_dir=~/out", cls=GenerateConfig)
     assert config.weights_path == str(tmp_path / "lm.pt")
     assert config.prompt_audio == str(tmp_path / "song.wav")
-    assert config.output == str(tmp_path / "out")
+    assert config.output_dir == str(tmp_path / "out")
 
 
 def test_generate_reads_its_flags(read):
@@ -186,13 +243,45 @@ def test_generate_reads_its_flags(read):
         read("--prompt=x", "--duration=0", cls=GenerateConfig)
 
 
-@pytest.mark.parametrize("cls", [Config, GenerateConfig])
-def test_flags_are_frozen_and_each_has_a_line_of_help(cls, read):
+@pytest.mark.parametrize("cls", COMMANDS)
+def test_each_flag_has_a_line_of_help(cls):
     assert all(field.description for field in cls.model_fields.values())
     assert all("\n" not in field.description for field in cls.model_fields.values())
+
+
+@pytest.mark.parametrize("cls", [Config, GenerateConfig])
+def test_flags_are_frozen(cls, read):
     config = read("--dataset=music") if cls is Config else read("--prompt=x", cls=cls)
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3
+
+
+def listed(text: str) -> dict[str, list[str]]:
+    """What --help printed -> heading: flags, in its order."""
+    groups: dict[str, list[str]] = {}
+    heading = ""
+    for line in text.splitlines():
+        if match := re.match(r"  --(\w+)(?:=| \(required\)$)", line):
+            groups.setdefault(heading, []).append(match[1])
+        elif line and not line.startswith(" "):
+            heading = line
+    return groups
+
+
+@pytest.mark.parametrize("cls", COMMANDS)
+def test_help_has_each_flag_once_under_its_heading(cls, read, capsys):
+    with pytest.raises(SystemExit) as end:
+        read("--help", cls=cls)
+    assert end.value.code is None
+    groups = listed(capsys.readouterr().out)
+    assert list(groups.items()) == [(head, list(names)) for head, names in cls.groups().items()]
+    assert sorted(name for names in groups.values() for name in names) == sorted(cls.model_fields)
+
+
+def test_run_has_seven_flags_for_most_people_and_no_more_than_56():
+    heading, names = next(iter(Config.groups().items()))
+    assert ("seven" in heading, len(names)) == (True, 7)
+    assert len(Config.model_fields) <= 56
 
 
 STARTS = [
@@ -200,6 +289,7 @@ STARTS = [
     ("run.py", ["--datset=music"], None, 1),
     ("generate.py", ["--help"], GenerateConfig, 0),
     ("generate.py", ["--promt=music"], None, 1),
+    ("export.py", ["--help"], ExportConfig, 0),
 ]
 
 
@@ -217,7 +307,7 @@ def test_help_and_mistyped_flags_are_answered_at_once(script, words, cls, code):
     assert not imported & FORBIDDEN
     if cls:
         told = " ".join(done.stdout.split())
-        assert not [n for n in cls.model_fields if f"--{n}=" not in told]
+        assert listed(done.stdout) == {k: list(names) for k, names in cls.groups().items()}
         lines = [" ".join(field.description.split()) for field in cls.model_fields.values()]
         assert not [line for line in lines if line not in told]
     else:
