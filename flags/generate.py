@@ -105,7 +105,7 @@ class GenerateConfig(Flags):
 class ExportConfig(Flags):
     """Merge LoRA adapters into plain weights that any audiocraft script loads.
 
-    Example: python lora.py --lora=models/lora_final --lora_scale=0.7
+    Example: python export.py --lora=models/lora_final --lora_scale=0.7
     """
 
     lora: Folders = Field(

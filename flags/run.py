@@ -115,7 +115,10 @@ class Config(CaptionFlags):
         "instead of the weights; 0 = off",
     )
     valid_split: float = Field(
-        0.0, ge=0, lt=1, description="share of the dataset's files held out instead; 0 = off"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the dataset's files held out for the validation loss; 0 = off",
     )
 
     # Data
@@ -244,10 +247,10 @@ class Config(CaptionFlags):
     save_step: int | None = Field(
         None,
         ge=0,
-        description="steps between checkpoints lm_<step>.pt and the resume state; None or 0 = off",
+        description="steps between checkpoints (`lm_<step>.pt`) and resume states; None or 0 = off",
     )
     keep_checkpoints: int = Field(
-        0, ge=0, description="how many of the newest lm_<step>.pt to keep; 0 = all"
+        0, ge=0, description="how many of the newest `lm_<step>.pt` to keep; 0 = all"
     )
     save_dtype: SaveDtype = Field(
         "fp32", description="number format of lm_*.pt; the 16 bit ones halve the file"
