@@ -1,8 +1,8 @@
-"""A folder of recordings and captions -> clips: `wav [C, samples]`, length, caption.
+"""Recordings and captions -> clips: `wav [C, samples]`, length, caption.
 
 Letters: B batch, C channels, K codebooks, T token frames, F chroma frames, P pitch classes.
-Everything random here is a function of (seed, epoch, file), so that a run can be stopped, resumed
-and split over processes without a change in what it sees.
+Everything random is a function of (seed, epoch, file), so a run sees the same clips however it is
+stopped, resumed or split over processes.
 """
 
 import hashlib
@@ -24,22 +24,21 @@ from recordings.wording import merged
 
 @dataclass(frozen=True)
 class Pick:
-    """Which crop to take: of which file in which epoch.
+    """The crop to take: of which file, in which epoch.
 
-    A pick without weight only fills up a process's share, to keep the processes in step.
+    A filler gives an empty clip that pads a process's share, to keep the processes in step.
     """
 
     epoch: int
     index: int
-    weight: bool = True
+    is_filler: bool = False
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A crop: wav `[C, samples]` at the model's rate, zero after its `length` in samples.
+    """A crop: wav `[C, samples]` at the model's rate, zero after `length` samples.
 
-    From tokens its codes `[K, T]` instead.
-
+    A crop of tokens has codes `[K, T]` instead.
     A reading error travels as a value: an exception from a worker process loses its plain text.
     """
 
@@ -53,7 +52,7 @@ class Clip:
 
 
 class Batch(NamedTuple):
-    """wav `[B, C, samples]`, lengths `[B]` in samples, the clips' captions, names and melodies."""
+    """Clips: wav `[B, C, samples]`, lengths `[B]` in samples, captions, names and melodies."""
 
     wav: torch.Tensor | None
     lengths: torch.Tensor
@@ -65,19 +64,19 @@ class Batch(NamedTuple):
 
 
 class Clips(Dataset[Clip]):
-    """Crops of tracks at the model's rate. Indexed by `Pick`; the same pick is the same clip.
+    """Crops of tracks at the model's rate, indexed by `Pick`; the same pick gives the same clip.
 
     Args:
-        sample_rate: of the model, in Hz.
-        channels: of the model, C.
-        samples: length of every crop; a shorter track is taken whole and zero-padded.
+        sample_rate: the model's, in Hz.
+        channels: the model's, C.
+        samples: length of each crop; a shorter track is taken whole and zero-padded.
         drop_caption: probability of an empty caption.
-        merge_text_p: probability of merging the other fields that some captions have into them.
-        in_front: puts the words that are on every caption on such a text.
-        drop_word: probability of leaving out each word of a caption.
-        tokens: of the tracks, to take the crops from instead of the files.
-        melodies: of the tracks, for models that take them.
-        drop_melody: probability of no melody. Where the whole caption is dropped it always is.
+        merge_text_p: probability of merging a caption's other fields into it.
+        in_front: adds to a merged caption the words that each caption starts with.
+        drop_word: probability of dropping each word of a caption.
+        tokens: the tracks' tokens, to crop instead of their audio.
+        melodies: the tracks' melodies, for melody models.
+        drop_melody: probability of dropping the melody; it is always dropped with the caption.
     """
 
     def __init__(
@@ -126,21 +125,21 @@ class Clips(Dataset[Clip]):
         else:
             wav = np.zeros((self.channels, self.samples), np.float32)
         try:
-            if pick.weight and self.tokens and codes is not None:
+            if self.tokens and codes is not None and not pick.is_filler:
                 part = self.tokens.crop(track, start, codes.shape[1])
                 codes[:, : part.shape[1]] = part
                 length = part.shape[1] * self.tokens.hop
-            elif pick.weight and wav is not None:
+            elif wav is not None and not pick.is_filler:
                 crop = audio.read_crop(track.source, start, frames, self.sample_rate, self.channels)
                 length = min(crop.shape[1], self.samples)
                 wav[:, :length] = crop[:, :length]
             if self.melodies:
                 melody = torch.from_numpy(self.melodies.none)
-                if pick.weight and not unconditional and rng.random() >= self.drop_melody:
+                if not pick.is_filler and not unconditional and rng.random() >= self.drop_melody:
                     melody = torch.from_numpy(self.melodies.crop(track, start, frames))
         except ValueError as error:
-            problem = f"{track.place}: {error}; mend it or move it out of the folder"
-        except OSError as error:  # of the cache
+            problem = f"{track.place}: {error}; fix it or move it out of the folder"
+        except OSError as error:  # from the cache
             problem = f"{track.place}: {error}"
         return Clip(
             wav=None if wav is None else torch.from_numpy(wav),
@@ -154,7 +153,7 @@ class Clips(Dataset[Clip]):
 
     def _caption(self, track: Track, rng: np.random.Generator) -> str:
         if not self.merge_text_p or not track.written or not track.written.fields:
-            return track.caption  # and nothing is drawn
+            return track.caption  # without drawing from rng
         return self.in_front(merged(track.written, self.merge_text_p, rng))
 
     def _drop_words(self, caption: str, rng: np.random.Generator) -> str:
@@ -171,7 +170,7 @@ def _stable_hash(name: str) -> int:
 
 
 def collate(clips: list[Clip]) -> Batch:
-    """Clips -> one Batch, which carries the first error, if any."""
+    """Stack clips into a Batch, which carries the first error, if any."""
     return Batch(
         wav=_stack([clip.wav for clip in clips]),
         lengths=torch.tensor([clip.length for clip in clips]),
@@ -184,21 +183,21 @@ def collate(clips: list[Clip]) -> Batch:
 
 
 def _stack(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
-    there = [tensor for tensor in tensors if tensor is not None]
-    return torch.stack(there) if len(there) == len(tensors) else None
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if len(present) == len(tensors) else None
 
 
 def split(tracks: list[Track], share: float, seed: int) -> tuple[list[Track], list[Track]]:
-    """(training, held out): `share` of the tracks, at least one, chosen by seed and name."""
-    held = max(1, round(len(tracks) * share))
-    if held >= len(tracks):
+    """Return (training, held out) tracks: `share` of them, at least one, is held out by seed."""
+    count = max(1, round(len(tracks) * share))
+    if count >= len(tracks):
         raise UserError(
             f"--valid_split={share} of {len(tracks)} files leaves none to train on: "
-            "add files, or lower it"
+            "add files or lower it"
         )
     ranked = sorted(tracks, key=lambda track: _stable_hash(f"{seed} {track.key}"))
-    chosen = {track.name for track in ranked[:held]}
+    held_out = {track.name for track in ranked[:count]}
     return (
-        [track for track in tracks if track.name not in chosen],
-        [track for track in tracks if track.name in chosen],
+        [track for track in tracks if track.name not in held_out],
+        [track for track in tracks if track.name in held_out],
     )

@@ -1,4 +1,4 @@
-"""A user's mistake, told plainly: what, where, and how to put it right."""
+"""Errors that the user can fix, reported plainly: what is wrong, where, and how to fix it."""
 
 import contextlib
 import io
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """Something that the user can put right: what, where and how, in a few plain lines."""
+    """An error that the user can fix; its few plain lines say what, where and how."""
 
 
 @contextlib.contextmanager
 def plain_errors(advice_out_of_memory: str) -> Iterator[None]:
-    """End the process with a plain message, without a traceback, where the user can help it."""
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's, on each start
-    for stream in (sys.stdout, sys.stderr):  # a caption that a console can't show is no error
+    """End the process with a plain message instead of a traceback if the user can fix the error."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao warns at each start
+    for stream in (sys.stdout, sys.stderr):  # escape what a console can't show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -31,7 +31,7 @@ def plain_errors(advice_out_of_memory: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the device, or the machine, has no memory left."""
+    """Return whether an exception means that the device or the machine is out of memory."""
     text = str(error)
     return (
         isinstance(error, MemoryError)
@@ -44,9 +44,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_lines(lines: list[str], limit: int = 20) -> str:
-    """Up to a screenful of lines, then how many more there are.
+    """Return up to `limit` lines, indented, then how many more there are.
 
-    Names and captions may hold what would steer the terminal.
+    Escapes control characters, since names and captions could steer the terminal.
     """
     shown = ["  " + printable(line.replace("\n", "\\n")) for line in lines[:limit]]
     if len(lines) > limit:

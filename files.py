@@ -1,4 +1,4 @@
-"""A file is whole or not there: it is written under a temporary name, then renamed."""
+"""Files that are whole or absent: each is written under a temporary name, then renamed."""
 
 import contextlib
 import json
@@ -13,12 +13,12 @@ from errors import UserError
 
 
 def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Let `fill` write a file under a temporary name; rename it when it is whole and on disk.
+    """Let `fill` write a temporary file, flush it to disk, then rename it to `path`.
 
     Several processes may write the same file.
-    Errors: UserError when the disk is full; what had that name before is still there then.
+    Raises: UserError if the disk is full; an earlier file of that name is kept.
     """
-    end = path.name.encode()[-200:].decode(errors="ignore")  # with more the name gets too long
+    end = path.name.encode()[-200:].decode(errors="ignore")  # the whole name could be too long
     temporary = path.with_name(f".{end}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -28,8 +28,8 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise  # else: how torch.save says that the disk is full
-        raise UserError(f"{path} could not be written ({error}); what was there is kept") from error
+            raise  # "inline_container" is torch.save's way of saying that the disk is full
+        raise UserError(f"{path}: can't be written ({error}); any earlier file is kept") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -40,7 +40,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    """Without `indent` on one line, which takes far less time and memory."""
+    """Write JSON; without `indent` on one line, which takes far less time and memory."""
     write_bytes(path, json.dumps(content, indent=indent).encode() + b"\n")
 
 
@@ -51,9 +51,9 @@ def read_json(path: Path) -> Any:
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Make a folder if it is missing. Errors: UserError if it can't be made or written to."""
+    """Make a folder if it is missing. Raises: UserError if it can't be made or written to."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{flag}={folder}: is a file; name a folder")
+        raise UserError(f"{flag}={folder}: is a file; give a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -63,20 +63,20 @@ def check_writable(folder: Path, flag: str) -> None:
 
 
 def check_outside(path: Path, folder: str, flag: str) -> None:
-    """Errors: UserError if what `flag` names is in the folder that is read."""
+    """Raise UserError if `path`, the value of `flag`, is in the input folder."""
     root = Path(folder).resolve()
     if root in (path.resolve(), *path.resolve().parents):
-        raise UserError(f"{flag}={path}: is in the folder that is read; name one outside")
+        raise UserError(f"{flag}={path}: is in the input folder; give one outside it")
 
 
 def temporaries(folder: Path, names: str, *, within: bool = False) -> list[Path]:
-    """What `write`, when it was killed, has left half written of files that were to be `names`.
+    """Return the temporary files that a killed `write` left of files named `names`.
 
-    `names` is a regex; `within`: in folders within, too.
+    `names` is a regex; `within` includes subfolders.
     """
-    half_written = re.compile(rf"\.({names})\.\d+\.tmp")
+    temporary = re.compile(rf"\.({names})\.\d+\.tmp")
     found = (folder.rglob if within else folder.glob)(".*.tmp")
-    return [path for path in found if half_written.fullmatch(path.name)]
+    return [path for path in found if temporary.fullmatch(path.name)]
 
 
 def cache_folder(kind: str) -> Path:

@@ -83,7 +83,7 @@ def _order(seed: int, epoch: int, files: int) -> np.ndarray:
 
 
 def _share(picks: list[Pick], batch_size: int, rank: int, processes: int) -> list[list[Pick]]:
-    filler = Pick(picks[0].epoch, picks[0].index, weight=False)
+    filler = Pick(picks[0].epoch, picks[0].index, is_filler=True)
     picks = picks + [filler] * (-len(picks) % processes)
     mine = picks[rank::processes]
     return [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]

@@ -275,8 +275,8 @@ def test_mistakes_are_told(run, tmp_path, monkeypatch):
     assert "does nothing without --split_silences=1" in run(data, loudness=-14, piece_sec=3).err
     assert "--loudness=3" in run(data, loudness=3).err
     assert "--no_label exclude" in run(data, loudness=-9, no_label=1, caption_from="tags").err
-    assert "name one outside" in run(data, out=data / "new", loudness=-14).err
-    assert "name one outside" in run(data, out=data, loudness=-14).err
+    assert "give one outside" in run(data, out=data / "new", loudness=-14).err
+    assert "give one outside" in run(data, out=data, loudness=-14).err
     assert "no such folder" in run(tmp_path / "nothing", loudness=-14).err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.json").write_text(json.dumps({}))

@@ -177,8 +177,8 @@ def test_only_what_has_changed_is_encoded_again(encode, make_pairs, tmp_path):
 
 def test_nothing_of_others_is_overwritten(encode, shard, make_pairs, tmp_path):
     data, out = make_pairs(seconds=(1.0,)), tmp_path / "out"
-    assert "is in the folder" in encode(data, data / "tokens").err
-    assert "is in the folder" in shard(data, data).err
+    assert "is in the input folder" in encode(data, data / "tokens").err
+    assert "is in the input folder" in shard(data, data).err
     for name, says in (
         ("clip0.safetensors", "no file of tokens"),
         ("clip0.txt", "not the caption"),
@@ -441,7 +441,7 @@ def test_a_full_disk_leaves_no_broken_file(
         patch.setattr("files.write", on_a_full_disk)
         result = call(data, out)
     assert result.code == 1
-    assert re.search(r"could not be written \(.*No space left on device", result.err)
+    assert re.search(r"can't be written \(.*No space left on device", result.err)
     left = everything(out)
     assert left and not [name for name in left if re.search("clip1.safe|000001|tmp", name)]
     assert call(data, out).code == 0

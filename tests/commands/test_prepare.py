@@ -134,7 +134,7 @@ def test_nothing_of_the_users_is_overwritten(look, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert "holds files already" in look(data, fix=tmp_path / "mine").err
-    assert "is in the folder" in look(data, fix=data / "fixed").err
+    assert "is in the input folder" in look(data, fix=data / "fixed").err
     (tmp_path / "photo.png").write_bytes(b"mine")
     assert "another file has this name" in look(data, picture=tmp_path / "photo.png").err
     assert (tmp_path / "photo.png").read_bytes() == b"mine"

@@ -279,7 +279,7 @@ def test_the_share_of_dropped_captions_over_many_crops(make_pairs):
         clips = Clips(
             tracks, sample_rate=32_000, channels=1, samples=1, seed=5, drop_caption=probability
         )
-        picks = [Pick(epoch, index, False) for epoch in range(1000) for index in range(5)]
+        picks = [Pick(epoch, index, is_filler=True) for epoch in range(1000) for index in range(5)]
         share = np.mean([not clips[pick].caption for pick in picks])
         assert share == pytest.approx(probability, abs=0.02)
 
