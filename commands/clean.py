@@ -191,7 +191,7 @@ def _blocks(track: Track) -> Iterator[np.ndarray]:  # [frames, C]
 
 
 def _channels(track: Track) -> int:
-    _, channels, _ = audio.header(track.source)
+    _, channels, _ = audio.probe(track.source)
     if channels > FLAC_CHANNELS or track.sample_rate > FLAC_RATE_HZ:
         raise ValueError(f"no flac can hold {channels} channels at {track.sample_rate} Hz")
     return channels

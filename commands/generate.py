@@ -163,7 +163,7 @@ def _read(
 ) -> torch.Tensor:
     """A recording, or its last seconds, `[C, samples]` at the model's rate. Errors: UserError."""
     try:
-        rate, _, whole = audio.header(Path(path))
+        rate, _, whole = audio.probe(Path(path))
         if whole == 0:
             raise ValueError("holds no audio")
         frames = min(whole, round(last_sec * rate)) if last_sec else whole

@@ -1,1 +1,1 @@
-"""Recordings and what is known of them: found, checked, read. Knows no flags and no model."""
+"""Recordings and their captions: found, checked and read, independent of flags and models."""

@@ -1,4 +1,4 @@
-"""What is computed once for each recording and kept in the user's cache folder, an .npy each."""
+"""Arrays computed once per recording and kept as .npy files in the user's cache folder."""
 
 import functools
 import hashlib
@@ -18,14 +18,14 @@ from recordings.track import Track
 class Cache:
     """Arrays of one kind, such as "melodies", made with `settings`; on disk once filled.
 
-    A recording is known by its real path, size and time of change: a file that has changed since,
-    or other settings, are another key, and what was kept for the old one stays as it is.
+    The settings and a recording's real path, size and mtime are an array's key. When one changes,
+    a new array is made, and the old one stays on disk.
     """
 
     def __init__(self, kind: str, settings: list[Any]) -> None:
         self.kind = kind
         self.settings = settings
-        self._names: dict[tuple[str, str], str] = {}  # of recordings -> of what is kept of them
+        self._names: dict[tuple[str, str], str] = {}  # (root, name) of a track -> stem of its file
 
     def fill(
         self,
@@ -35,16 +35,16 @@ class Cache:
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        """`find` what is not there yet; each process its share, the caller waits for the others.
+        """`find` the missing arrays, each process its share; the caller waits for the others.
 
-        Errors: UserError if a recording can't be read, or the folder not be written to.
+        Raises: UserError if a recording can't be read, or the folder can't be written to.
         """
         try:
             self._names = {(track.root, track.name): self._name(track) for track in tracks}
         except OSError as error:
-            raise UserError(f"{error.filename}: is no longer there ({error.strerror})") from None
-        mine = {self._path(track): track for track in tracks}  # a file linked twice is one
-        new = {path: mine[path] for path in list(mine)[rank::processes] if not path.exists()}
+            raise UserError(f"{error.filename}: no longer exists ({error.strerror})") from None
+        by_path = {self._path(track): track for track in tracks}  # a file linked twice counts once
+        new = {path: by_path[path] for path in list(by_path)[rank::processes] if not path.exists()}
         if new:
             files.check_writable(files.cache_folder(self.kind), "XDG_CACHE_HOME")
         bar = tqdm(new.items(), desc=self.kind, unit="file", disable=rank > 0 or not new)
@@ -56,14 +56,14 @@ class Cache:
             files.write(path, functools.partial(np.save, arr=array))
 
     def __call__(self, track: Track) -> np.ndarray:
-        """What is kept of a recording, read where it is looked at. Errors: OSError."""
+        """Return a recording's array, memory-mapped. Raises: OSError."""
         path = self._path(track)
         try:
             return np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError) as error:
             raise OSError(
-                f"{path}, one of the {self.kind} kept of recordings, can't be read ({error}): "
-                "delete it if it is still there, and start again"
+                f"{path}: this file of cached {self.kind} can't be read ({error}): delete it if "
+                "it still exists, and start again"
             ) from None
 
     def _path(self, track: Track) -> Path:

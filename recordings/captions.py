@@ -1,6 +1,6 @@
-"""A recording's caption, wherever it is written: beside it, in a table, in its own tags.
+"""The caption of a recording: from a file beside it, a table, or its own tags.
 
-In this order, the first that is there: NAME.txt; NAME.json with audiocraft's fields; a row in a
+The first of these that exists: NAME.txt; NAME.json with audiocraft's fields; a row in a
 metadata.csv or metadata.jsonl (Hugging Face's AudioFolder), in its folder or one above.
 """
 
@@ -20,10 +20,10 @@ from recordings import audio, shards
 from recordings.audio import Source
 from recordings.shards import Member
 
-# audiocraft's MusicInfo; it merges these into the text, without the first two
-# (augment_music_info_description), which here stand in for a missing description.
+# audiocraft's MusicInfo. All but the first two are merged into the text, as its
+# augment_music_info_description does; those two only stand in for a missing description.
 FIELDS = ("title", "artist", "genre", "moods", "instrument", "bpm", "key", "keywords")
-TAGS = {  # what a file's own tags are called, by ffmpeg or in the file
+TAGS = {  # field -> names of the tag, in ffmpeg or in the file
     "description": ("description", "comment"),
     "title": ("title",),
     "artist": ("artist", "author"),
@@ -34,11 +34,11 @@ TAGS = {  # what a file's own tags are called, by ffmpeg or in the file
 }
 TABLES = ("metadata.csv", "metadata.jsonl")
 TEXT_COLUMNS = ("text", "caption")
-MAX_TOKENS = 512  # of T5; what a caption has more is cut
+MAX_TOKENS = 512  # of T5; longer captions are cut
 
 
 class Caption(NamedTuple):
-    """A caption, what else is known ("genre: jazz"), and where it is from (".txt files")."""
+    """A caption: where it is from (".txt files"), its text, and other fields ("genre: jazz")."""
 
     source: str
     description: str
@@ -50,9 +50,9 @@ class Caption(NamedTuple):
 
 
 class Captions:
-    """The captions of the recordings among `files`; `one` is that of all of them.
+    """The captions of the recordings among `files`; `one` is the caption of all of them.
 
-    Files are known by their names below the dataset's folder.
+    The keys of `files` are names below the dataset's folder.
     """
 
     def __init__(
@@ -64,7 +64,10 @@ class Captions:
         self._table = functools.cache(_table_or_error)
 
     def of(self, recording: str) -> Caption:
-        """Errors: ValueError with reason and remedy; UserError if a whole table can't be used."""
+        """Return the caption of a recording, by its key in `files`.
+
+        Raises: ValueError with reason and remedy; UserError if a whole table can't be used.
+        """
         if self.one:
             return Caption("--caption", self.one)
         if self.from_tags:
@@ -93,7 +96,7 @@ class Captions:
         raise ValueError(
             f"no caption: write {name.with_suffix('.txt').name} or "
             f"{name.with_suffix('.json').name} beside it, or a row with its file_name and "
-            'text into metadata.csv or metadata.jsonl; or give --caption="..." for all, '
+            'text in metadata.csv or metadata.jsonl; or give --caption="..." for all, '
             "--caption_from=tags, or --no_label=1 for none"
         )
 
@@ -103,7 +106,7 @@ class Captions:
         return next((self.files[name] for name in names if name in self.files), None)
 
     def _tables(self, recording: str) -> Iterator[tuple[str, Source]]:
-        """The tables that may name it, the nearest first, and their folders ("album/")."""
+        """Yield the tables that may name it, nearest first, each after its folder ("album/")."""
         folder = recording
         while folder:
             folder = folder[: folder.rfind("/", 0, -1) + 1]
@@ -113,9 +116,9 @@ class Captions:
 
 
 def files(recording: Source, caption: Caption) -> dict[str, bytes]:
-    """Suffix -> content of the file to put beside a copy of a recording, to be read as it was here.
+    """Return {suffix: content} of the caption file to put beside a copy of a recording.
 
-    Errors: OSError; ValueError.
+    Raises: OSError; ValueError.
     """
     for suffix in (".txt", ".json"):
         if caption.source == f"{suffix} files":
@@ -135,12 +138,13 @@ def _beside(recording: Source, suffix: str) -> Source:
                 return path
         elif name in (members := _members(recording.tar)):
             return members[name]
-    raise ValueError(f"its caption {stem}{suffix} has gone")
+    raise ValueError(f"its caption {stem}{suffix} no longer exists")
 
 
-@functools.lru_cache(maxsize=1)  # asked for one recording of a shard after another
+@functools.lru_cache(maxsize=1)  # recordings are asked for shard by shard
 def _members(tar: Path) -> dict[str, Member]:
-    return shards.members(tar)[0]
+    members, _ = shards.members(tar)
+    return members
 
 
 def _read(source: Source) -> str:
@@ -153,12 +157,12 @@ def _read(source: Source) -> str:
 
 
 def _bytes(source: Source) -> bytes:
-    """Errors: OSError."""
+    """Read a file. Raises: OSError."""
     if isinstance(source, Member):
         return source.read_bytes()
     if not source.is_file():
         raise OSError("it is not a plain file")
-    with source.open("rb", buffering=0) as file:  # half the time, as captions are short
+    with source.open("rb", buffering=0) as file:  # takes half the time, as captions are short
         return file.read()
 
 
@@ -170,7 +174,7 @@ def _from_json(source: Source) -> Caption:
         raise ValueError(f"its caption {source.name} is not JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(
-            f'its caption {source.name} is not an object like {{"description": "..."}}'
+            f'its caption {source.name} is not a JSON object like {{"description": "..."}}'
         )
     try:
         caption = _caption(".json files", content)
@@ -189,7 +193,7 @@ def _from_tags(recording: Source) -> Caption:
         for field, names in TAGS.items()
     }
     if content["bpm"] and not _is_number(content["bpm"]):
-        del content["bpm"]  # others' tags are no mistake of the user's
+        del content["bpm"]  # tags are often others' work, so bad ones are no error
     caption = _caption("the files' tags", content)
     if not caption.plain:
         raise ValueError(
@@ -199,17 +203,17 @@ def _from_tags(recording: Source) -> Caption:
 
 
 def _caption(source: str, content: dict[str, Any]) -> Caption:
-    """From audiocraft's fields. Errors: ValueError if one's value is no text, number or list."""
+    """Build a caption from audiocraft's fields. Raises: ValueError if a value has a wrong type."""
     texts = {name: _text(name, content.get(name)) for name in ("description", *FIELDS)}
     if "," in texts["key"]:
-        texts["key"] = ""  # of several keys audiocraft takes none
+        texts["key"] = ""  # audiocraft ignores a list of keys
     known = FIELDS[2:] if texts["description"] else FIELDS
     fields = tuple(f"{name}: {texts[name]}" for name in known if texts[name])
     return Caption(source, texts["description"], fields)
 
 
 def _text(name: str, value: Any) -> str:
-    """A field's value as audiocraft writes it: 90 bpm is "90.0", genres are in lower case."""
+    """Format a field's value as audiocraft does: 90 bpm as "90.0", genres in lower case."""
     if value in (None, "", "None"):
         return ""
     if name == "bpm":
@@ -218,7 +222,7 @@ def _text(name: str, value: Any) -> str:
         return str(float(value)) if float(value) else ""
     items = value if isinstance(value, list) else [value]
     if not all(isinstance(item, str) or _is_number(item) for item in items):
-        raise ValueError(f"{name} is {reprlib.repr(value)}, not a text or a list of texts")
+        raise ValueError(f"{name} is {reprlib.repr(value)}, not text or a list of texts")
     words = [" ".join(str(item).split()) for item in items]
     text = ", ".join(word for word in words if word not in ("", "None"))
     return text if name in ("description", "title", "artist") else text.lower()
@@ -239,9 +243,9 @@ def _table_or_error(source: Source) -> dict[str, list[str]] | UserError:
 
 
 def _read_table(source: Source) -> dict[str, list[str]]:
-    """A recording's name as seen from the table -> its captions. Errors: UserError.
+    """Return {recording's name relative to the table: its captions}. Raises: UserError.
 
-    Rows of recordings that aren't there do no harm: one may have been moved out of the folder.
+    Rows of missing recordings are no error: one may have been moved out of the folder.
     """
     texts: dict[str, list[str]] = {}
     try:
@@ -252,33 +256,33 @@ def _read_table(source: Source) -> dict[str, list[str]]:
                 raise ValueError(f"line {number} has no file_name, or no text (or caption)")
             name, text = row["file_name"], row[column] or ""
             if not isinstance(name, str) or not isinstance(text, str):
-                raise ValueError(f"line {number}: file_name and {column} must be texts")
+                raise ValueError(f"line {number}: file_name and {column} must be text")
             texts.setdefault(_normal(name), []).append(" ".join(text.split()))
     except UnicodeDecodeError:
         raise UserError(f"{source}: is not UTF-8 text: save it as UTF-8") from None
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(
-            f"{source}: can't be read as a table of captions ({error}); it needs file_name, as "
-            "seen from its folder, and text"
+            f"{source}: can't be read as a table of captions ({error}); it needs the columns "
+            "file_name, relative to its folder, and text"
         ) from None
     return texts
 
 
 def _normal(name: str) -> str:
-    """One form of a file's name: ./a.wav is a.wav; macOS writes é as two characters."""
+    """Normalize a file name: ./a.wav is a.wav; macOS writes é as two characters."""
     name = PurePosixPath(name.strip().replace("\\", "/")).as_posix()
     return unicodedata.normalize("NFC", name)
 
 
 def _rows_of(suffix: str, file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a .csv or .jsonl. Errors: ValueError, csv.Error."""
+    """Yield (line number, row) of a .csv or .jsonl. Raises: ValueError, csv.Error."""
     if suffix == ".csv":
         table = csv.DictReader(file, strict=True)
         for row in table:
             if None in row:
                 raise ValueError(
-                    f"line {table.line_num} has more columns than the first: put a text with "
-                    'commas into quotes, "like, this"'
+                    f"line {table.line_num} has more columns than the first: put text with "
+                    'commas in quotes, "like, this"'
                 )
             yield table.line_num, row
         return
@@ -286,5 +290,5 @@ def _rows_of(suffix: str, file: Iterable[str]) -> Iterator[tuple[int, dict[str, 
         if line.strip():
             row = json.loads(line)
             if not isinstance(row, dict):
-                raise ValueError(f"line {number} is not an object")
+                raise ValueError(f"line {number} is not a JSON object")
             yield number, row

@@ -1,4 +1,4 @@
-"""What checking the recordings of a dataset found, so that the next start opens only new ones."""
+"""An index of the recordings checked so far, so that the next start opens only new ones."""
 
 import contextlib
 import hashlib
@@ -16,17 +16,17 @@ from recordings import audio
 from recordings.audio import Source
 from recordings.shards import Member
 
-# Raise the 1 when audio.check finds something else; so may other libraries.
+# Increase the 1 when audio.check's results change; another library version may change them too.
 VERSION = f"1, libsndfile {sf.__libsndfile_version__}, PyAV {av.__version__}"
 ROW = re.compile(r"\d+ \d+ \d+ -?\d+( \d+ \d+)?")
-JUST_NOW_SEC = 2  # some file systems count in such steps, so that a second change isn't seen
+JUST_NOW_SEC = 2  # step of mtime on some file systems, within which a second change goes unseen
 
 
 class Index:
     """What `audio.check` found in one dataset's recordings, in the user's cache folder.
 
-    For each its sample rate and frames; size and mtime in ns of the file on disk; in a shard its
-    offset and size too. As strings, which take a third of the memory.
+    A row holds sample rate and frames, size and mtime in ns of the file on disk and, in a shard,
+    offset and size. Rows are strings, which take a third of the memory.
     """
 
     def __init__(self, dataset_path: str) -> None:
@@ -34,13 +34,13 @@ class Index:
         self.path = files.cache_folder("index") / f"{name}.json"
         self.rows: dict[str, str] = {}
         self.has_changed = False
-        with contextlib.suppress(LookupError, TypeError, AttributeError):  # of another form
+        with contextlib.suppress(LookupError, TypeError, AttributeError):  # another format
             content = files.read_json(self.path)
             if content["version"] == VERSION and all(map(ROW.fullmatch, content["rows"].values())):
                 self.rows = content["rows"]
 
     def check(self, name: str, source: Source) -> tuple[int, int]:
-        """As `audio.check`, which is asked only about what is new or has changed."""
+        """Return what `audio.check` returns, calling it only for new or changed recordings."""
         status = (source.tar if isinstance(source, Member) else source).stat()
         state = f"{status.st_size} {status.st_mtime_ns}"
         if isinstance(source, Member):
@@ -58,10 +58,10 @@ class Index:
         return sample_rate, length
 
     def save(self, names: Iterable[str]) -> None:
-        """Keep what is known of the recordings `names`.
+        """Write the rows of the recordings `names`, dropping others.
 
-        It only saves time, so a cache folder that can't be written is no reason to stop.
-        Several processes may do so at once: they write the same.
+        They only save time, so a cache folder that can't be written to is no reason to stop.
+        Several processes may save at once: they write the same content.
         """
         rows = {name: self.rows[name] for name in names if name in self.rows}
         if self.has_changed or len(rows) < len(self.rows):

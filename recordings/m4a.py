@@ -1,8 +1,8 @@
-"""AAC and ALAC in .m4a, which libsndfile can't read: length and crops, by PyAV.
+"""AAC and ALAC in .m4a, which libsndfile can't read: length and crops, with PyAV.
 
-The container knows each frame's place, so a crop starts where it should. What an AAC encoder left
-out as noise (PNS) the decoder makes up anew from where it starts to decode: in such bands a crop
-has other noise than the whole file, and the same each time.
+The container stores each frame's position, so a crop starts where it should. An AAC encoder may
+replace noise by its level (PNS), and the decoder then makes up noise from where it starts: in such
+bands a crop's noise differs from the whole file's, but is the same each time.
 """
 
 from collections.abc import Iterator
@@ -11,21 +11,21 @@ from typing import BinaryIO
 import av
 import numpy as np
 
-# Decoded before a crop and thrown away: an AAC frame overlaps the one before, by up to 2048.
+# Frames decoded before a crop and discarded: each AAC frame overlaps the last, by up to 2048.
 PREROLL = 8_192
-# ffmpeg's names; of its others, some (concat, hls) are lists of other files, which it would read.
+# ffmpeg's names. Some of its other formats (concat, hls) list further files, which it would read.
 FORMATS = "mov,wav,w64,flac,mp3,ogg,aiff,aac"
 
 
-def check(file: str | BinaryIO) -> tuple[int, int, int]:
-    """(sample rate in Hz, channels, frames) of a recording; decodes its end.
+def probe(file: str | BinaryIO) -> tuple[int, int, int]:
+    """Return (sample rate in Hz, channels, frames) of a recording; decodes its end.
 
-    Errors: ValueError that says what is wrong with the file.
+    Raises: ValueError that says what is wrong with the file.
     """
     try:
         with _open(file) as container:
-            if container.format.name == "mp3":  # it has no places to start from
-                raise ValueError("is an mp3 by another name: call it .mp3")
+            if container.format.name == "mp3":  # it stores no positions to seek to
+                raise ValueError("is an mp3 with another suffix: rename it to .mp3")
             stream = container.streams.audio[0]
             rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
             declared = int((stream.duration or 0) * (stream.time_base or 0) * rate)
@@ -38,16 +38,16 @@ def check(file: str | BinaryIO) -> tuple[int, int, int]:
         raise ValueError(f"can't be read as audio ({error.strerror})") from None
     if end < declared - PREROLL:
         raise ValueError(
-            f"truncated or damaged: its header says {declared / rate:.2f} s of audio, and the end "
+            f"truncated or damaged: its header says {declared / rate:.2f} s of audio, but its end "
             "can't be read"
         )
     return rate, channels, min(declared, end)  # the last frame may be padded
 
 
 def read(file: str | BinaryIO, start: int, frames: int) -> tuple[np.ndarray, int]:
-    """(wav `[frames, channels]`, sample rate in Hz); less than `frames` where the file ends.
+    """Return (wav `[frames, channels]`, sample rate in Hz); fewer frames where the file ends.
 
-    Errors: ValueError that says what is wrong with the file.
+    Raises: ValueError that says what is wrong with the file.
     """
     pieces, stop = [], start + frames
     try:
@@ -63,9 +63,9 @@ def read(file: str | BinaryIO, start: int, frames: int) -> tuple[np.ndarray, int
 
 
 def tags(file: str | BinaryIO) -> dict[str, str]:
-    """The tags of a recording of any format, their names in lower case. Errors: ValueError."""
+    """Return the tags of a recording, with names in lower case. Raises: ValueError."""
     try:
-        with _open(file) as container:  # ogg has them with the stream
+        with _open(file) as container:  # ogg keeps them in the stream
             found = {**container.metadata, **container.streams.audio[0].metadata}
     except av.FFmpegError as error:
         raise ValueError(f"its tags can't be read ({error.strerror})") from None
@@ -76,17 +76,17 @@ def _open(file: str | BinaryIO) -> "av.container.InputContainer":
     container = av.open(file, "r", options={"format_whitelist": FORMATS}, metadata_errors="replace")
     if not container.streams.audio:
         container.close()
-        raise ValueError("holds no audio")
+        raise ValueError("contains no audio")
     if container.streams.audio[0].codec_context is None:
         container.close()
-        raise ValueError("can't be read as audio (its coding is unknown)")
+        raise ValueError("can't be read as audio (unknown codec)")
     return container
 
 
 def _decode(
     container: "av.container.InputContainer", start: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(first frame's number, wav `[frames, channels]`) of the blocks from before `start` on."""
+    """Yield (first frame's number, wav `[frames, channels]`) of blocks, from before `start` on."""
     stream = container.streams.audio[0]
     rate, unit = stream.codec_context.sample_rate, stream.time_base or 1
     if start > PREROLL:

@@ -1,4 +1,4 @@
-"""The melodies of recordings, for crops of them.
+"""The melodies of crops of recordings.
 
 Letters: F chroma frames, P pitch classes.
 """
@@ -10,13 +10,13 @@ from recordings.track import Track
 
 
 class Melodies:
-    """The melodies of recordings, for crops of them.
+    """A reader of the melodies of crops of recordings.
 
     Args:
-        frames: F, the chroma frames of every crop.
+        frames: F, the chroma frames of each crop.
         rate: chroma frames a second.
-        none: the melody of no recording, `[F, P]` float32.
-        cache: where the melodies are, once it is filled.
+        none: the melody that stands for "no melody", `[F, P]` float32.
+        cache: holds the melodies, once filled.
     """
 
     def __init__(self, *, frames: int, rate: float, none: np.ndarray, cache: Cache) -> None:
@@ -26,9 +26,9 @@ class Melodies:
         self.cache = cache
 
     def crop(self, track: Track, start: int, frames: int) -> np.ndarray:
-        """The melody of `frames` of a track's own frames from `start` on, repeated to `[F, P]`.
+        """Return the melody of a track's `frames` own frames from `start` on, repeated to `[F, P]`.
 
-        Errors: OSError if it is no longer in the cache.
+        Raises: OSError if it is no longer in the cache.
         """
         chroma = self.cache(track)
         first = min(round(start * self.rate / track.sample_rate), len(chroma) - 1)

@@ -23,11 +23,11 @@ def scan(
     caption: str | None = None,
     from_tags: bool = False,
 ) -> list[Track]:
-    """Find and check the recordings of a dataset, decoding none but those that may hold NaN.
+    """Find and check the recordings of a dataset; decode only those that may hold NaN.
 
-    Those that an earlier scan has checked are not opened again; see index.py.
+    Recordings that an earlier scan has checked are not opened again; see index.py.
     `caption` is for all, `from_tags` takes the files' own tags; else see captions.py.
-    Errors: a UserError that names every file which can't be used, and why.
+    Raises: UserError that names every file that can't be used, and why.
     """
     tracks, problems = find(
         folder,
@@ -39,14 +39,14 @@ def scan(
     if problems:
         raise UserError(
             f"{folder}: {len(problems)} of {len(tracks) + len(problems)} recordings can't be "
-            f"trained on; mend them or move them out of the folder:\n{first_lines(problems)}"
+            f"trained on; fix them or move them out of the folder:\n{first_lines(problems)}"
         )
     return tracks
 
 
 @contextlib.contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Nothing is looked for that could be freed: among many new objects that takes long."""
+def _without_gc() -> Iterator[None]:
+    """Turn off garbage collection, which takes long while many objects are made."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -56,7 +56,7 @@ def _no_garbage() -> Iterator[None]:
             gc.enable()
 
 
-@_no_garbage()
+@_without_gc()
 def find(
     folder: str,
     *,
@@ -65,15 +65,15 @@ def find(
     from_tags: bool = False,
     index: Index | None = None,
 ) -> tuple[list[Track], list[str]]:
-    """The recordings that can be used, and for each that can't its name and why.
+    """Return the usable recordings, and a line with name and reason for each unusable one.
 
-    All are opened, but for those that `index` knows.
-    Errors: UserError if there is none of either.
+    All are opened, except those that `index` knows.
+    Raises: UserError if there are none of either kind.
     """
     files, problems = _files(folder)
     names = sorted(
         (name for name in files if _is_recording(name)),
-        # Twins are trained in the same order, and what is in a folder together.
+        # The same order for wav and flac twins; a folder's recordings stay together.
         key=lambda name: (as_wav(name).replace("/", "\0"), name),
     )
     if not names and not problems:
@@ -87,15 +87,15 @@ def find(
         try:
             _check_name(name)
             twin = seen.setdefault(name[: name.rindex(".")], name)
-            if twin != name:  # mostly one recording twice, and then counted twice
-                raise ValueError(f"has the same name as {twin}, and so its caption: keep one")
+            if twin != name:  # mostly one recording twice, which would count twice
+                raise ValueError(f"has the same name as {twin}, and so the same caption: keep one")
             written = captions.of(name) if with_captions else None
             _check_text(written)
             source = files[name]
             sample_rate, frames, codec = _check(name, source, index)
-        except (OSError, ValueError) as error:  # soundfile's errors are both, here, and ours
+        except (OSError, ValueError) as error:  # ours, and soundfile's
             problems.append(f"{name}: {error}")
-        except UserError as error:  # of a table, and so of many recordings
+        except UserError as error:  # of a table, so of many recordings
             if str(error) not in problems:
                 problems.append(str(error))
         else:
@@ -108,7 +108,7 @@ def find(
 
 
 def _check(name: str, source: Source, index: Index | None) -> tuple[int, int, str | None]:
-    """(sample rate in Hz, frames, what its tokens are of) of what can be trained on."""
+    """Return (sample rate in Hz, frames, codec of a file of tokens). Raises: ValueError."""
     if source.suffix.lower() == token_file.SUFFIX:
         header = token_file.read_header(source)
         return header.facts.sample_rate, header.facts.frames, header.codec
@@ -140,7 +140,7 @@ class _Files(Mapping[str, Source]):
 
 
 def _files(dataset_path: str) -> tuple[_Files, list[str]]:
-    """What is in a folder, or in the shards that a path with braces names; and bad shards."""
+    """Return the files of a folder or of shards, and a line for each problem with a shard."""
     files, problems = _Files(dataset_path), []
     if shards.is_shards(dataset_path):
         tars = shards.find(dataset_path)
@@ -165,7 +165,7 @@ def _is_tar(name: str) -> bool:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Names of all files below a folder, through links too, but into each folder once."""
+    """Yield the names of all files below a folder, following links, each folder once."""
     seen = set()
     for folder, folders, names in os.walk(root, onerror=_refuse, followlinks=True):
         real = os.path.realpath(folder)
@@ -173,7 +173,7 @@ def _walk(root: Path) -> Iterator[str]:
             folders.clear()
             continue
         seen.add(real)
-        folders.sort()  # of a folder that is linked too, the same name everywhere
+        folders.sort()  # a folder that is also linked gets the same name on each machine
         below = Path(folder).relative_to(root).as_posix()
         prefix = "" if below == "." else f"{below}/"
         yield from (prefix + name for name in names)
@@ -181,7 +181,7 @@ def _walk(root: Path) -> Iterator[str]:
 
 def _refuse(error: OSError) -> None:
     raise UserError(
-        f"{error.filename}: can't be opened ({error.strerror}): make it readable, or take it out"
+        f"{error.filename}: can't be opened ({error.strerror}): make it readable, or move it out"
     )
 
 
@@ -189,7 +189,7 @@ def _check_text(caption: Caption | None) -> None:
     try:
         " ".join([caption.description, *caption.fields] if caption else []).encode()
     except UnicodeEncodeError:
-        raise ValueError("its caption has half a character in it (a lone surrogate)") from None
+        raise ValueError("its caption contains half a character (a lone surrogate)") from None
 
 
 def _check_name(name: str) -> None:

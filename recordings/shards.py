@@ -1,6 +1,6 @@
-"""WebDataset shards: tars of recordings and captions. Only looked into, never unpacked.
+"""WebDataset shards: tars of recordings and captions, read in place and never unpacked.
 
-A plain tar can be read from anywhere in it, so a clip in a shard is read as one in a folder is.
+A plain tar allows reads at any offset, so a clip in a shard is read like one in a folder.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import files
 from errors import UserError
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7z": "xz", b"\x28\xb5": "zstd"}
-ABOUT_NEXT = (b"x", b"X", b"g", b"L", b"K")  # types of headers that tell about the member after
+ABOUT_NEXT = (b"x", b"X", b"g", b"L", b"K")  # types of headers that describe the next member
 DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 MAX_HEADER_BYTES = 2**20
 TIMEOUT_SEC = 60
@@ -44,7 +44,7 @@ class Member(NamedTuple):
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """Errors: OSError."""
+        """Open it as a binary file. Raises: OSError."""
         with self.tar.open("rb", buffering=0) as file:
             yield io.BufferedReader(_Part(file, self.offset, self.size))
 
@@ -54,7 +54,7 @@ class Member(NamedTuple):
 
 
 class _Part(io.RawIOBase):
-    """`size` bytes of a file from `start` on, as a file."""
+    """The `size` bytes of a file from `start` on, as a file."""
 
     def __init__(self, file: io.FileIO, start: int, size: int) -> None:
         self.file, self.start, self.size = file, start, size
@@ -79,32 +79,32 @@ class _Part(io.RawIOBase):
 
 
 def is_shards(dataset_path: str) -> bool:
-    """Whether it names tars, such as shards/train-{000..099}.tar, and not a folder."""
+    """Return whether it names tars, such as shards/train-{000..099}.tar, not a folder."""
     is_tar = dataset_path.endswith(".tar") and not os.path.isdir(dataset_path)  # noqa: PTH112
     return "://" in dataset_path or is_tar
 
 
 def find(dataset_path: str) -> dict[str, Path]:
-    """The shards that a path or URL with braces names: name -> file. Errors: UserError."""
+    """Return {name: file} of the shards of a path or URL with braces. Raises: UserError."""
     try:
-        is_one = os.path.isfile(dataset_path)  # noqa: PTH113  (a long list is no error here)
+        is_one = os.path.isfile(dataset_path)  # noqa: PTH113  (Path fails on a long list)
         names = [dataset_path] if is_one else list(braceexpand(dataset_path, escape=False))
     except UnbalancedBracesError:
-        raise UserError(f"{dataset_path}: a brace is open; write train-{{000..099}}.tar") from None
+        raise UserError(f"{dataset_path}: unbalanced brace; write train-{{000..099}}.tar") from None
     shards = {name: _download(name) if "://" in name else Path(name) for name in names}
     missing = [name for name, path in shards.items() if not path.is_file()]
     if missing:
         raise UserError(
-            f"{dataset_path}: no such file: {', '.join(missing[:20])}; name a folder of shards, "
-            "or each, as in train-{000..099}.tar"
+            f"{dataset_path}: no such file: {', '.join(missing[:20])}; give a folder of shards, "
+            "or names such as train-{000..099}.tar"
         )
     return shards
 
 
 def members(tar: Path) -> tuple[dict[str, Member], list[str]]:
-    """The files in a tar by name, and what is wrong with it or with some of them.
+    """Return the files in a tar by name, and a line for each problem with it or with one of them.
 
-    Whoever made it may mean harm: nothing is written, links are not followed.
+    The tar may be hostile: nothing is written, and links are not followed.
     """
     found: dict[str, Member] = {}
     problems: list[str] = []
@@ -114,25 +114,25 @@ def members(tar: Path) -> tuple[dict[str, Member], list[str]]:
         with tar.open("rb") as file:
             for info in _headers(file, tar.stat().st_size):
                 name = PurePosixPath(info.name).as_posix()  # ./a.wav is a.wav
-                problem = "is there twice" if name in found else _problem(info)
+                problem = "occurs twice" if name in found else _problem(info)
                 if problem:
                     problems.append(f"{name}: {problem}")
                 elif not info.isdir():
                     found[name] = Member(tar, name, info.offset_data, info.size)
     except (tarfile.TarError, OSError, ValueError) as error:
-        problems.append(f"truncated or damaged ({_reason(tar, error)}): copy or make it anew")
+        problems.append(f"truncated or damaged ({_reason(tar, error)}): copy it or make it again")
     return found, problems
 
 
 def _headers(file: BinaryIO, end: int) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar of `end` bytes, one after another. Errors: TarError, OSError.
+    """Yield the members of a tar of `end` bytes. Raises: TarError, OSError.
 
-    tarfile itself can be made to go in a circle, or to take hours, by what a header says.
+    A hostile header can make tarfile itself loop for ever, or take hours.
     """
     path: str | None = None
     size: int | None = None
     if end > 2**20 and not file.read(2**20).strip(b"\0"):
-        raise tarfile.ReadError("it begins with zeros, as when a download is not finished")
+        raise tarfile.ReadError("it begins with zeros, as an unfinished download does")
     file.seek(0)
     while (block := file.read(512)) != bytes(512):
         if len(block) < 512:
@@ -147,13 +147,13 @@ def _headers(file: BinaryIO, end: int) -> Iterator[tarfile.TarInfo]:
         has_data = is_about_next or info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
         length = info.size if has_data else 0
         if length < 0 or info.type == tarfile.GNUTYPE_SPARSE:
-            raise tarfile.ReadError(f"{info.name} is sparse, or its size makes no sense")
+            raise tarfile.ReadError(f"{info.name} is sparse, or its size is invalid")
         if info.offset_data + length > end:
             raise tarfile.ReadError(f"it ends within {info.name}")
         if not is_about_next:
             yield info
         elif length > MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a name of {length} bytes")
+            raise tarfile.ReadError(f"a header of {length} bytes")
         elif info.type == tarfile.GNUTYPE_LONGNAME:
             path = _decoded(file.read(length).partition(b"\0")[0])
         elif info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
@@ -165,18 +165,18 @@ def _headers(file: BinaryIO, end: int) -> Iterator[tarfile.TarInfo]:
                 size = int(fields["size"][:20])
         file.seek(info.offset_data + -(-length // 512) * 512)
     if file.read(2**20).strip(b"\0"):
-        raise tarfile.ReadError("there is more after its end, as in tars that were put together")
+        raise tarfile.ReadError("data follows its end, as in concatenated tars")
 
 
 def _pax(records: bytes) -> dict[str, str]:
-    """The records "LENGTH KEY=VALUE\n" of an extended header. Errors: ReadError."""
+    """Parse the records "LENGTH KEY=VALUE\n" of an extended header. Raises: ReadError."""
     fields, at = {}, 0
     while at < len(records):
         digits = records[at : at + 20].partition(b" ")[0]
         length = int(digits) if digits.isdigit() else 0
         key, equals, value = records[at + len(digits) + 1 : at + length].partition(b"=")
         if not equals or not value.endswith(b"\n") or at + length > len(records):
-            raise tarfile.ReadError("an extended header makes no sense")
+            raise tarfile.ReadError("an extended header is invalid")
         fields[_decoded(key)] = _decoded(value[:-1])
         at += length
     return fields
@@ -187,13 +187,13 @@ def _decoded(name: bytes) -> str:
 
 
 def is_control(character: str) -> bool:
-    """Whether it has no place in a name, as half a character and changes of direction have not."""
-    has_no_place = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
-    return has_no_place or unicodedata.bidirectional(character) in DIRECTIONS
+    """Return whether a name may not hold it: controls, half characters, changes of direction."""
+    is_forbidden = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+    return is_forbidden or unicodedata.bidirectional(character) in DIRECTIONS
 
 
 def _problem(info: tarfile.TarInfo) -> str | None:
-    """Why a member is not taken."""
+    """Return why a member is refused, or None."""
     path = PurePosixPath(info.name)
     if any(map(is_control, info.name)):
         return "its name has control characters or is not UTF-8: rename it"
@@ -214,14 +214,14 @@ def _reason(tar: Path, error: Exception) -> str:
 
 
 def _download(url: str) -> Path:
-    """A shard of the network, kept in the user's cache folder. Errors: UserError."""
+    """Download a shard into the user's cache folder, once. Raises: UserError."""
     folder = files.cache_folder("shards")
-    name = PurePosixPath(url.partition("?")[0]).name[-100:]  # a signature may be long
+    name = PurePosixPath(url.partition("?")[0]).name[-100:]  # a signed URL may be long
     path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
     if not url.startswith(("http://", "https://")):
         raise UserError(f"{url}: give an http or https URL, or a path")
     files.check_writable(folder, "XDG_CACHE_HOME")
-    with FileLock(path.with_name(f".{path.name}.lock")):  # one process fetches it for all
+    with FileLock(path.with_name(f".{path.name}.lock")):  # one process downloads it for all
         if path.exists():
             return path
         try:

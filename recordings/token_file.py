@@ -1,8 +1,8 @@
-"""Files of the tokens of whole recordings, as prepare.py encode writes them: safetensors.
+"""Files of tokens, one for each recording, as prepare.py encode writes them: safetensors.
 
-One tensor "codes" `[K, T]` int16, and metadata: what they were encoded with, and from what.
-The format is read and written here, as safetensors itself can't read from inside a tar, and puts
-metadata in another order each time.
+One tensor "codes" `[K, T]` int16, and metadata: which codec encoded which recording.
+Read and written here, as the safetensors library can't read from inside a tar and orders the
+metadata differently each time.
 
 Letters: K codebooks, T token frames.
 """
@@ -22,12 +22,12 @@ from recordings.audio import Source
 from recordings.shards import Member
 
 SUFFIX = ".safetensors"
-MAX_HEADER = 2**16  # bytes; ours have some hundred
-MAX_CODEBOOKS, MAX_RATE_HZ = 64, 1000  # of token frames; beyond them a header is damaged
+MAX_HEADER = 2**16  # bytes; ours take a few hundred
+MAX_CODEBOOKS, MAX_RATE_HZ = 64, 1000  # of token frames; a header that says more is damaged
 
 
 class Facts(NamedTuple):
-    """The metadata: of the codec, and of the recording in its own frames."""
+    """The metadata: facts of the codec, and of the recording in its own frames."""
 
     codec: str  # codec_hash
     model_id: str
@@ -45,23 +45,23 @@ class Header(NamedTuple):
 
     @property
     def codec(self) -> str:
-        """What the codes are those of; one text for all files of a dataset."""
+        """Name the codec; all files of a dataset share one string."""
         return codec_name(self.facts.codec, self.codebooks)
 
 
 def codec_name(codec_hash: str, codebooks: int) -> str:
-    """A stereo model has the codec of a mono one and twice the codebooks."""
+    """Name a codec; stereo models use the mono ones' codec with twice the codebooks."""
     return sys.intern(f"{codec_hash} {codebooks}")
 
 
 def read_header(source: Source) -> Header:
-    """Errors: OSError; ValueError why it is no such file, or not a whole one."""
+    """Return the header. Raises: OSError; ValueError if it is not a whole file of tokens."""
     with _opened(source) as file:
         size = file.seek(0, 2)
         file.seek(0)
         start = 8 + int.from_bytes(file.read(8), "little")
         if not 8 < start <= min(MAX_HEADER, size):
-            raise ValueError("is no file of tokens, or a damaged one: its header is not readable")
+            raise ValueError("is not a file of tokens, or is damaged: its header can't be read")
         try:
             header = json.loads(file.read(start - 8))
             metadata, codes = header.pop("__metadata__"), header.pop("codes")
@@ -76,32 +76,32 @@ def read_header(source: Source) -> Header:
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError):
             is_ours = False
     if not is_ours:
-        raise ValueError("is no file of tokens: prepare.py encode makes them")
+        raise ValueError("is not a file of tokens: prepare.py encode makes them")
     if codes.get("dtype") != "I16":
-        raise ValueError(f"its codes are {str(codes.get('dtype'))[:20]}, not 16 bit integers")
+        raise ValueError(f"its codes are {str(codes.get('dtype'))[:20]}, not 16-bit integers")
     if not (0 < codebooks <= MAX_CODEBOOKS and 0 < facts.frame_rate <= MAX_RATE_HZ):
         raise ValueError(
             f"damaged: it says {codebooks} codebooks, {facts.frame_rate} frames a second"
         )
     audio.check_facts(facts.sample_rate, 1, facts.frames)
-    if abs(length - facts.frames * facts.frame_rate // facts.sample_rate) > 1:  # by resampling
+    if abs(length - facts.frames * facts.frame_rate // facts.sample_rate) > 1:  # by rounding
         raise ValueError(
             f"damaged: {length} token frames are not {facts.frames // facts.sample_rate} s of audio"
         )
     bytes_of_codes = 2 * codebooks * length
     if codes.get("data_offsets") != [0, bytes_of_codes] or size != start + bytes_of_codes:
-        raise ValueError(f"truncated or damaged: {bytes_of_codes} bytes of codes should be there")
+        raise ValueError(f"truncated or damaged: it should hold {bytes_of_codes} bytes of codes")
     return Header(facts, codebooks, length, start)
 
 
-def read(source: Source, first: int, frames: int, card: int) -> np.ndarray:  # [K, T]
-    """The codes from token frame `first` on, and nothing else of the file.
+def read(source: Source, first: int, token_frames: int, card: int) -> np.ndarray:  # [K, T]
+    """Read the codes from token frame `first` on, and nothing else of the file.
 
-    T is `frames`, or what is left. Errors: ValueError, also if a code is not below `card`.
+    T is `token_frames`, or what is left. Raises: ValueError, also if a code is not below `card`.
     """
     try:
         header = read_header(source)
-        length = max(0, min(frames, header.token_frames - first))
+        length = max(0, min(token_frames, header.token_frames - first))
         codes = np.empty((header.codebooks, length), "<i2")
         with _opened(source) as file:
             for row, codebook in enumerate(codes):
@@ -113,17 +113,17 @@ def read(source: Source, first: int, frames: int, card: int) -> np.ndarray:  # [
     except OSError as error:
         raise ValueError(f"can't be read ({error})") from None
     if codes.size and not 0 <= codes.min() <= codes.max() < card:
-        raise ValueError(f"damaged: it has codes outside of 0 to {card - 1}")
+        raise ValueError(f"damaged: it has codes outside 0 to {card - 1}")
     return codes
 
 
 def write(file: BinaryIO, codes: np.ndarray, facts: Facts) -> None:
-    """codes `[K, T]` int16."""
+    """Write codes `[K, T]` int16."""
     data = np.ascontiguousarray(codes, "<i2").tobytes()
     metadata = {name: str(value) for name, value in facts._asdict().items()}
     tensor = {"dtype": "I16", "shape": codes.shape, "data_offsets": [0, len(data)]}
     header = json.dumps({"__metadata__": metadata, "codes": tensor}).encode()
-    header += b" " * (-len(header) % 8)  # as safetensors aligns them
+    header += b" " * (-len(header) % 8)  # safetensors aligns the data to 8 bytes
     file.write(struct.pack("<Q", len(header)) + header + data)
 
 

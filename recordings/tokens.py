@@ -1,4 +1,4 @@
-"""The tokens of recordings, for crops of them: from files of tokens, or from the cache.
+"""The tokens of crops of recordings: from files of tokens, or from the cache.
 
 Letters: K codebooks, T token frames.
 """
@@ -12,15 +12,15 @@ from recordings.track import Track
 
 
 class Tokens:
-    """The codes `[K, T]` int16 of recordings, for crops of them.
+    """A reader of the codes `[K, T]` int16 of crops of recordings.
 
     Args:
-        codec: the name of the codec they are of, as in `Track.codec`.
+        codec: name of the codec that made them, as in `Track.codec`.
         codebooks: K.
-        card: codes are below it.
+        card: size of a codebook; codes are below it.
         rate: token frames a second.
         hop: samples of a token frame, at the model's rate.
-        cache: where the tokens of audio are, once it is filled.
+        cache: holds the tokens of audio files, once filled.
     """
 
     def __init__(
@@ -34,25 +34,24 @@ class Tokens:
         self.cache = cache
 
     def check(self, tracks: list[Track], model_id: str) -> None:
-        """Errors: UserError if they are of another model's codec."""
+        """Raise UserError if a track's tokens come from another model's codec."""
         for track in tracks:
             if track.codec != self.codec:
                 theirs = token_file.read_header(track.source)
                 raise UserError(
-                    f"{track.place}: has the tokens of {theirs.facts.model_id} "
-                    f"({theirs.codebooks} codebooks), whose EnCodec is not that of "
+                    f"{track.place}: was encoded for {theirs.facts.model_id} "
+                    f"({theirs.codebooks} codebooks), whose EnCodec differs from that of "
                     f"--model_id={model_id} ({self.codebooks} codebooks): train that model, or "
-                    f"make them anew from the recordings with prepare.py encode "
-                    f"--model_id={model_id}"
+                    f"encode the recordings again with prepare.py encode --model_id={model_id}"
                 )
 
-    def crop(self, track: Track, start: int, frames: int) -> np.ndarray:
-        """Codes `[K, T]` from a track's own frame `start` on, which is rounded to a token frame.
+    def crop(self, track: Track, start: int, token_frames: int) -> np.ndarray:
+        """Return codes `[K, T]` from a track's own frame `start` on, rounded to a token frame.
 
-        T is `frames`, or what is left of the recording's whole frames.
-        Errors: OSError if they are no longer in the cache; ValueError if a file is damaged.
+        T is `token_frames`, or what is left of the recording's whole token frames.
+        Raises: OSError if they are no longer in the cache; ValueError if a file is damaged.
         """
         first = round(start * self.rate / track.sample_rate)
         if track.codec:
-            return token_file.read(track.source, first, frames, self.card)
-        return self.cache(track)[:, first : first + frames]
+            return token_file.read(track.source, first, token_frames, self.card)
+        return self.cache(track)[:, first : first + token_frames]

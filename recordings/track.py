@@ -13,8 +13,8 @@ class Track:
     """One recording, its length in its own frames, and its caption.
 
     It is the file `name` in the folder `root`, or a member of a shard.
-    `written` is the caption as it was found, None without captions; `codec` is what the tokens
-    are of, if it is a file of tokens, with rate and length of the recording that it is made from.
+    `written` is the caption as found, None without captions. A file of tokens has `codec`, the
+    codec's name, and the rate and length of the recording that was encoded.
     """
 
     root: str
@@ -28,17 +28,17 @@ class Track:
 
     @property
     def source(self) -> Source:
-        """Where to read it."""
+        """Where to read the recording."""
         return self.member or self.path
 
     @property
     def path(self) -> Path:
-        """The file on disk that it is in."""
+        """The file on disk: its own, or its shard."""
         return self.member.tar if self.member else Path(self.root, self.name)
 
     @property
     def place(self) -> str:
-        """What it is called to the user."""
+        """The path to show to the user."""
         return f"{self.path}/{self.member.name}" if self.member else str(self.path)
 
     @property
@@ -47,16 +47,16 @@ class Track:
 
     @property
     def key(self) -> str:
-        """What its crops are drawn by: those of a flac, or in a shard, are those of the wav."""
+        """The name that seeds its crops: a flac, or one in a shard, gets the crops of the wav."""
         return as_wav(self.member.name if self.member else self.name)
 
     def stamp(self) -> list[str | int]:
-        """What is another when the recording has changed. Errors: OSError."""
+        """Return size, mtime and place in the tar: new when the file changes. Raises: OSError."""
         status = self.path.stat()
         stamp: list[str | int] = [status.st_size, status.st_mtime_ns]
         return [*stamp, self.member.name, self.member.offset] if self.member else stamp
 
 
 def as_wav(name: str) -> str:
-    """A recording's name with its suffix replaced by .wav."""
+    """Return a recording's name with the suffix .wav."""
     return f"{name[: name.rindex('.')]}.wav"

@@ -1,4 +1,4 @@
-"""How a caption is phrased: its fields merged into it, a trigger or a new word in front."""
+"""The wording of captions: fields merged in, a trigger or a new word put in front."""
 
 import re
 
@@ -26,20 +26,20 @@ def merged(caption: Caption, merge_text_p: float, rng: np.random.Generator) -> s
 
 
 def has(word: str, caption: str) -> bool:
-    """Whether a caption holds the word by itself, as the tokenizer of placeholder.py will see it.
+    """Return whether a caption has the word by itself, as placeholder.py's tokenizer sees it.
 
-    Example: "jig" is in "a jig, fast" and not in "jigsaw"
+    Example: "jig" is in "a jig, fast", but not in "jigsaw".
     """
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption) is not None
 
 
 def put_in_front(word: str, caption: str) -> str:
-    """The caption with the word, in front if it was not in it."""
+    """Return the caption, with the word in front unless it has it already."""
     return caption if has(word, caption) else f"{word} {caption}"
 
 
 def in_front(trigger: str | None, word: str | None, text: str) -> str:
-    """A caption with --placeholder's word and --trigger.
+    """Put --placeholder's word and --trigger in front of a caption that lacks them.
 
     Example: "slow piano" -> "my-style, slow piano"
     """

@@ -241,7 +241,7 @@ def test_an_m4a_of_unknown_coding_is_named(tmp_path):
     write(tmp_path / "a.m4a", tone(0, 1.0, RATE))
     content = (tmp_path / "a.m4a").read_bytes()
     (tmp_path / "a.m4a").write_bytes(content.replace(b"mp4a", b"mpXa").replace(b"esds", b"free"))
-    with pytest.raises(UserError, match=r"a\.m4a: .*coding is unknown"):
+    with pytest.raises(UserError, match=r"a\.m4a: .*unknown codec"):
         scan(str(tmp_path), with_captions=False)
 
 
@@ -348,18 +348,18 @@ BAD_TABLES = {
     "quote": ("metadata.csv", b'file_name,text\na.wav,"hi\nb.wav,x\n', "can't be read"),
     "deep line": ("metadata.jsonl", b"[" * 100_000, "metadata.jsonl: can't be read"),
     "no JSON": ("metadata.jsonl", b"{file_name: 3}\n", "metadata.jsonl: can't be read"),
-    "a list": ("metadata.jsonl", b"[1]\n", "line 1 is not an object"),
-    "a number": ("metadata.jsonl", b'{"file_name": "a.wav", "text": 3}', "must be texts"),
+    "a list": ("metadata.jsonl", b"[1]\n", "line 1 is not a JSON object"),
+    "a number": ("metadata.jsonl", b'{"file_name": "a.wav", "text": 3}', "must be text"),
     "no column": ("metadata.jsonl", b'{"file_name": "a.wav"}', "line 1 has no file_name"),
     "json deep": ("a.json", b'{"a": ' + b"[" * 100_000, "a.json is not JSON"),
     "json surrogate": ("a.json", b'{"description": "\\ud800 x"}', "a.wav: .*half a character"),
     "json digits": ("a.json", b'{"bpm": ' + b"9" * 5_000 + b"}", "a.json is not JSON"),
-    "json list": ("a.json", b"[1]", "a.wav: its caption a.json is not an object"),
+    "json list": ("a.json", b"[1]", "a.wav: its caption a.json is not a JSON object"),
     "json cut": ("a.json", b'{"description": ', "a.json is not JSON"),
     "json not UTF-8": ("a.json", b'{"description": "\xe9"}', "a.json is not UTF-8"),
     "json empty": ("a.json", b'{"duration": 3, "moods": []}', "a.json is empty: .*description"),
     "json bpm": ("a.json", b'{"bpm": "fast"}', "a.json: bpm is 'fast', not a number"),
-    "json object": ("a.json", b'{"genre": {"a": 1}}', "a.json: genre is .*not a text"),
+    "json object": ("a.json", b'{"genre": {"a": 1}}', "a.json: genre is .*not text"),
     "json yes": ("a.json", b'{"description": true}', "a.json: description is True"),
 }
 
@@ -367,7 +367,7 @@ BAD_TABLES = {
 def test_an_mp3_by_another_name_is_named(tmp_path):
     write(tmp_path / "a.mp3", tone(1, 1.0, RATE))
     (tmp_path / "a.mp3").rename(tmp_path / "a.m4a")
-    with pytest.raises(UserError, match=r"call it \.mp3"):
+    with pytest.raises(UserError, match=r"rename it to \.mp3"):
         scan(str(tmp_path), with_captions=False)
 
 

@@ -309,7 +309,7 @@ def test_a_recording_that_cannot_be_read_is_named(mono_folder, make_pairs, monke
     with pytest.raises(UserError, match=r"clip1\.wav: ends after"):
         codec.fill(model, codec.tokens_of(model), tracks, 1)
     (data / "clip1.wav").unlink()
-    with pytest.raises(UserError, match=r"clip1\.wav: is no longer there"):
+    with pytest.raises(UserError, match=r"clip1\.wav: no longer exists"):
         codec.fill(model, codec.tokens_of(model), tracks, 1)
 
 
