@@ -1,1 +1,1 @@
-"""Flags: read from the command line, checked before anything slow is imported."""
+"""Flags, read from the command line and checked before anything slow is imported."""

@@ -1,4 +1,4 @@
-"""The flags that say where captions come from; several commands have them."""
+"""The flags for where captions come from, shared by several commands."""
 
 from typing import Any
 
@@ -9,19 +9,19 @@ from flags.types import CaptionFrom, Words
 
 
 class CaptionFlags(Flags):
-    """The base of commands that read captions."""
+    """The base class for the flags of commands that read captions."""
 
     caption_from: CaptionFrom = Field(
         "auto",
-        description="auto = for each recording the first of NAME.txt, NAME.json, a row of "
-        "metadata.csv or metadata.jsonl; tags = the files' own title, artist, genre, comment",
+        description="auto = for each recording the first that exists: NAME.txt, NAME.json, a row "
+        "of metadata.csv or metadata.jsonl; tags = the files' own title, artist, genre, comment",
     )
     caption: Words | None = Field(None, description="one caption for all recordings; None = off")
-    no_label: bool = Field(False, description="use empty captions; none are read")
+    no_label: bool = Field(False, description="use empty captions and read none")
 
     @property
     def captions(self) -> dict[str, Any]:
-        """How recordings/scan.py is to find captions."""
+        """The arguments that tell recordings/scan.py where to find captions."""
         return {
             "with_captions": not self.no_label,
             "caption": self.caption,

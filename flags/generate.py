@@ -30,54 +30,64 @@ class GenerateConfig(Flags):
     ALIASES: ClassVar[dict[str, str]] = {"weights": "weights_path", "output": "output_dir"}
 
     prompt: Prompts = Field(
-        description='what to play: a prompt, a list ["one", "two"], or a .txt file with one a line'
+        description='what to play: a prompt, a list ["one", "two"], or a .txt file with one per '
+        "line"
     )
     weights_path: AnyPath | None = Field(
-        "models/lm_final.pt", description="fine-tuned weights; None = the model as it was"
+        "models/lm_final.pt", description="fine-tuned weights; None = the model before fine-tuning"
     )
     model_id: str | None = Field(
         None,
-        description="the model that was tuned, as for run.py; None = what run.py noted beside "
-        "the weights, in the adapter or in the embedding, else small",
+        description="the model that was fine-tuned, as for run.py; None = the one that run.py "
+        "recorded with the weights, adapter or embedding, else small",
     )
     lora: Folders | None = Field(
         None,
-        description='LoRA adapter: the lora_final folder that run.py left; or ["a", "b"] to add '
-        "several. They go onto the base model unless weights_path is given too",
+        description='LoRA adapter: the lora_final folder that run.py wrote; or ["a", "b"] to add '
+        "several. They are added to the base model unless weights_path is given too",
     )
     lora_scale: Scales = Field([1.0])
     embedding: Files | None = Field(
         None,
-        description="learned word for the prompt: the learned_embeds.safetensors that run.py left; "
-        'or ["a", "b"] for several. They go with the base model unless weights_path is given too',
+        description="learned word for the prompt: the learned_embeds.safetensors that run.py "
+        'wrote; or ["a", "b"] for several. They use the base model unless weights_path is given '
+        "too",
     )
     duration: float = Field(30.0, gt=0, description="seconds to generate")
     overlap: float | None = Field(
         None,
         gt=0,
-        description="beyond the model's window (30 s), the seconds that each further window "
-        "starts from; more = more coherent and slower; None = 12, or half a window under 24 s",
+        description="for music longer than the model's window (30 s): seconds that each further "
+        "window continues from; more = more coherent and slower; None = 12, or half of a window "
+        "under 24 s",
     )
     melody: AnyPath | None = Field(
         None, description="recording whose melody to follow, with a melody model; needs demucs"
     )
     prompt_audio: AnyPath | None = Field(
-        None, description="recording to continue; its last `overlap` seconds open the result"
+        None, description="recording to continue; the result begins with its last `overlap` seconds"
     )
-    top_k: int = Field(250, ge=0, description="sample among the k likeliest codes; 0 = all")
+    top_k: int = Field(250, ge=0, description="sample from the k most likely codes; 0 = all")
     top_p: float = Field(
-        0.0, ge=0, le=1, description="sample among codes of this total probability; 0 = use top_k"
+        0.0,
+        ge=0,
+        le=1,
+        description="sample from the most likely codes of this total probability; 0 = use top_k",
     )
     temperature: float = Field(
-        1.0, ge=0, description="of sampling; lower = more predictable, 0 = always the likeliest"
+        1.0,
+        ge=0,
+        description="of sampling; lower = more predictable, 0 = always the most likely code",
     )
     cfg_coef: float = Field(
         3.0, ge=0, description="classifier-free guidance: how closely to follow the prompt"
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="same seed, same music (on the same machine)")
-    variations: int = Field(1, ge=1, description="pieces for each prompt, made together")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="the same seed gives the same music on the same machine"
+    )
+    variations: int = Field(1, ge=1, description="pieces for each prompt, generated together")
     output_dir: AnyPath = Field(
-        "generated", description="folder, or a .wav name if there is one piece"
+        "generated", description="folder, or a .wav file if there is only one piece"
     )
     overwrite: bool = Field(False, description="replace existing files of the same name")
     device: Device = Field("auto", description="auto, cuda, mps or cpu")
@@ -89,9 +99,9 @@ class GenerateConfig(Flags):
 
     @property
     def full_weights(self) -> str | None:
-        """--weights_path; its default only without --lora, as run.py merges into that file.
+        """`weights_path`, but not its default if `lora` or `embedding` is given.
 
-        Nor with --embedding, which was trained on the base model.
+        run.py has merged the adapter into that file; an embedding was trained on the base model.
         """
         is_default = "weights_path" not in self.model_fields_set
         return None if (self.lora or self.embedding) and is_default else self.weights_path
@@ -109,13 +119,13 @@ class ExportConfig(Flags):
     """
 
     lora: Folders = Field(
-        description='the lora_final folder that run.py left; or ["a", "b"] to add several'
+        description='the lora_final folder that run.py wrote; or ["a", "b"] to add several'
     )
     lora_scale: Scales = Field([1.0])
     model_id: str | None = Field(
-        None, description="the model that was tuned; None = what the adapter names, else small"
+        None, description="the model that was fine-tuned; None = the adapter's, else small"
     )
-    output: AnyPath = Field("merged.pt", description="the file to write")
+    output: AnyPath = Field("merged.pt", description="file to write")
     save_dtype: SaveDtype = Field("fp32", description="number format of the file")
     overwrite: bool = Field(False, description="replace an existing file")
 

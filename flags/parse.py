@@ -1,4 +1,4 @@
-"""From a command line to a checked, frozen object."""
+"""Read a command line into a checked, frozen object."""
 
 import contextlib
 import difflib
@@ -38,7 +38,7 @@ class Flags(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain_value(cls, value: Any, info: ValidationInfo) -> Any:
-        """The command line's words as values: `None`, `1e3` for an integer, a flag left bare."""
+        """Convert a command line's words: `None`, `1e3` for an integer, a flag without a value."""
         annotation = cls.model_fields[str(info.field_name)].annotation
         if value in (None, "None"):
             return None
@@ -72,10 +72,10 @@ class Flags(BaseModel):
     def _idle(self, needs: dict[str, tuple[bool, str]]) -> list[str]:
         """Return a problem for each given flag that lacks what it needs.
 
-        `needs`: flag -> whether it has what it needs, and what that is.
+        `needs`: flag -> (whether its need is met, what it needs).
         """
         return [
-            f"--{name} does nothing without {need}: add that, or leave it out"
+            f"--{name} does nothing without {need}: add it, or leave out --{name}"
             for name, (has_it, need) in needs.items()
             if name in self.model_fields_set and not has_it
         ]
@@ -98,7 +98,7 @@ class Flags(BaseModel):
 
 
 def build(cls: type[FlagsT], values: dict[str, Any], words: tuple[str, ...] = ()) -> FlagsT:
-    """Return `cls(**values)`. Errors: UserError with a line for each thing that is wrong."""
+    """Return `cls(**values)`. Raises: UserError with a line for each mistake."""
     problems = [f"{word}: not a flag; write --flag=value" for word in words]
     try:
         flags = cls(**values)
@@ -110,10 +110,10 @@ def build(cls: type[FlagsT], values: dict[str, Any], words: tuple[str, ...] = ()
 
 
 def parse(cls: type[FlagsT]) -> FlagsT:
-    """Read this process's command line with google-fire; exits after `--help`.
+    """Read this process's command line with google-fire; exit after `--help`.
 
-    Fire hands over every word as it was typed (a folder called 2024 stays a string), and
-    pydantic then checks types and ranges of all flags at once.
+    Fire passes every word on as typed (a folder called 2024 stays a string); pydantic then checks
+    the types and ranges of all flags at once.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(cls, Path(sys.argv[0]).name))
@@ -127,11 +127,11 @@ def parse(cls: type[FlagsT]) -> FlagsT:
         given.update(zip(cls.POSITIONAL, words, strict=False))
         given.update({name: value for name, value in values.items() if value is not None})
         for alias, name in cls.ALIASES.items():
-            if alias in given and name not in given:  # both: `alias` is told as no flag
+            if alias in given and name not in given:  # if both, `alias` is reported as unknown
                 given[name] = given.pop(alias)
 
-    # Everything is let through here, so that all mistakes are told together. Fire must know the
-    # names, or it takes --no_label for "_label is off".
+    # Everything is accepted here, so that all mistakes are reported together. Fire must know the
+    # names, or it reads --no_label as "_label is off".
     kinds = inspect.Parameter
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
@@ -170,7 +170,7 @@ def help_text(cls: type[Flags], script: str) -> str:
 
 
 def _describe(cls: type[Flags], problem: Any) -> str:
-    """One of pydantic's error records -> a line with flag, value and remedy."""
+    """Turn one of pydantic's error records into a line with flag, value and remedy."""
     name = str(problem["loc"][0]) if problem["loc"] else ""
     if not name:
         return str(problem["msg"]).removeprefix("Value error, ")

@@ -9,7 +9,7 @@ from flags.types import AnyPath, Dataset, Device, Folder
 
 
 class CheckConfig(CaptionFlags):
-    """What training would see of a dataset, and what is wrong with it; exit code 1 if it is.
+    """Show what training would see of a dataset, and its faults; exit code 1 if it would not start.
 
     Example: python prepare.py check my_music --fix=my_music_usable
     """
@@ -17,39 +17,37 @@ class CheckConfig(CaptionFlags):
     POSITIONAL: ClassVar[tuple[str, ...]] = ("dataset_path",)
     ALIASES: ClassVar[dict[str, str]] = {"folder": "dataset_path"}
 
-    dataset_path: Dataset = Field(
-        description="folder or shards to look at, as --dataset_path of run.py"
-    )
+    dataset_path: Dataset = Field(description="folder or shards to check, as for run.py")
     fix: AnyPath | None = Field(
         None,
-        description="new folder to copy what is usable to: not broken, not silent, no duplicates; "
+        description="new folder to copy the usable recordings to: not broken, silent or duplicate; "
         "None = off",
     )
-    duration: float = Field(30.0, ge=1, description="as for run.py: seconds of a crop")
-    batch_size: int = Field(4, ge=1, description="as for run.py: clips in a batch")
-    grad_acc: int = Field(2, ge=1, description="as for run.py: batches for one optimizer step")
-    picture: AnyPath = Field("check.png", description="where the picture goes")
+    duration: float = Field(30.0, ge=1, description="length of a crop in seconds, as for run.py")
+    batch_size: int = Field(4, ge=1, description="clips in a batch, as for run.py")
+    grad_acc: int = Field(2, ge=1, description="batches for one optimizer step, as for run.py")
+    picture: AnyPath = Field("check.png", description="file for the picture")
 
 
 class EncodeConfig(CaptionFlags):
-    """Encode the recordings of a dataset once, into a folder of files of tokens and captions.
+    """Encode a dataset's recordings once, into a folder of files of tokens and captions.
 
-    run.py trains from that folder as from the recordings with --cache_tokens=1.
+    run.py trains on that folder as it does on the recordings with --cache_tokens=1.
     Example: python prepare.py encode my_music my_tokens --model_id=small
     """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("dataset_path", "output_dir")
     ALIASES: ClassVar[dict[str, str]] = {"folder": "dataset_path", "out": "output_dir"}
 
-    dataset_path: Dataset = Field(description="folder or shards, as --dataset_path of run.py")
+    dataset_path: Dataset = Field(description="folder or shards, as for run.py")
     output_dir: AnyPath = Field(
-        description="folder for the files of tokens, outside of it; what is encoded there already "
-        "is kept, unless the recording has changed"
+        description="folder for the files of tokens, outside the dataset; files already there are "
+        "kept unless their recording has changed"
     )
     model_id: str = Field(
-        "small", min_length=1, description="the model whose EnCodec it takes, as for run.py"
+        "small", min_length=1, description="model whose EnCodec to use, as for run.py"
     )
-    batch_size: int = Field(4, ge=1, description="windows of 30 s encoded at a time, on a GPU")
+    batch_size: int = Field(4, ge=1, description="windows of 30 s encoded at a time on a GPU")
     device: Device = Field("auto", description="auto, cuda, mps or cpu")
 
 
@@ -62,16 +60,18 @@ class ShardConfig(CaptionFlags):
     POSITIONAL: ClassVar[tuple[str, ...]] = ("dataset_path", "output_dir")
     ALIASES: ClassVar[dict[str, str]] = {"folder": "dataset_path", "out": "output_dir"}
 
-    dataset_path: Dataset = Field(description="folder or shards, as --dataset_path of run.py")
+    dataset_path: Dataset = Field(description="folder or shards, as for run.py")
     output_dir: AnyPath = Field(
-        description="new folder for the shards, NAME-000000.tar and so on by its own name, outside "
-        "of it; a stopped run goes on there"
+        description="new folder for the shards, outside the dataset; the shards are called by its "
+        "name, NAME-000000.tar and so on; a stopped run continues there"
     )
-    shard_mb: int = Field(500, ge=1, description="size of a shard in MB; a larger file has its own")
+    shard_mb: int = Field(
+        500, ge=1, description="size of a shard in MB; larger files get their own"
+    )
 
 
 class CleanConfig(CaptionFlags):
-    """Clean a dataset's recordings before training: a new folder of flac files and captions.
+    """Clean a dataset's recordings into a new folder of flac files and captions.
 
     Example: python prepare.py clean my_music my_music_clean --split_silences=1 --loudness=-14
     """
@@ -79,33 +79,33 @@ class CleanConfig(CaptionFlags):
     POSITIONAL: ClassVar[tuple[str, ...]] = ("dataset_path", "output_dir")
     ALIASES: ClassVar[dict[str, str]] = {"folder": "dataset_path", "out": "output_dir"}
 
-    dataset_path: Folder = Field(description="folder of recordings, as --dataset_path of run.py")
+    dataset_path: Folder = Field(description="folder of recordings, as for run.py")
     output_dir: AnyPath = Field(
-        description="new folder for the cleaned ones, outside of it; a stopped run goes on there"
+        description="new folder for the results, outside the dataset; a stopped run continues there"
     )
     remove_vocals: bool = Field(
-        False, description="take the singing out, with demucs (stereo or mono); 0 = off"
+        False, description="remove vocals with demucs (stereo or mono); 0 = off"
     )
     split_silences: bool = Field(
         False, description="cut at silences of 1 s or more, into NAME_001 and so on; 0 = off"
     )
     silence_db: float = Field(
-        -50.0, lt=0, ge=-120, description="what counts as silence: RMS below this, of full scale"
+        -50.0, lt=0, ge=-120, description="what counts as silence: RMS below this, in dBFS"
     )
     piece_sec: float = Field(
         30.0,
         ge=1,
-        description="seconds; a shorter piece is joined to the next one, unless as much silence "
-        "lies between them",
+        description="seconds; a shorter piece is joined to the next one, unless as long a "
+        "silence lies between them",
     )
     loudness: float | None = Field(
         None,
         ge=-60,
         lt=0,
-        description="bring every file to this loudness (LUFS, such as -14), less where its peak "
-        "would go beyond -1 dBFS; None = off",
+        description="bring every file to this loudness (LUFS, such as -14), or less if its peak "
+        "would exceed -1 dBFS; None = off",
     )
-    device: Device = Field("auto", description="of demucs: auto, cuda, mps or cpu")
+    device: Device = Field("auto", description="for demucs: auto, cuda, mps or cpu")
 
     def _problems(self) -> list[str]:
         problems = super()._problems()

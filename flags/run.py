@@ -9,7 +9,7 @@ from flags.types import AnyPath, Dataset, Device, Prompts, SaveDtype, Words, one
 
 
 class Config(CaptionFlags):
-    """Fine-tune MusicGen on a folder of recordings and captions; leaves models/lm_final.pt.
+    """Fine-tune MusicGen on a folder of recordings and captions; writes models/lm_final.pt.
 
     Example: python run.py --dataset_path=my_music --epochs=20 --use_cfg=1
     Several GPUs: torchrun --nproc_per_node=2 run.py --dataset_path=my_music
@@ -17,8 +17,8 @@ class Config(CaptionFlags):
 
     ALIASES: ClassVar[dict[str, str]] = {"dataset": "dataset_path"}
     REMOVED: ClassVar[dict[str, str]] = {
-        "drop_desc_p": "the description is left out with audiocraft's probability of 0.5",
-        "drop_other_p": "each other field is left out with audiocraft's probability of 0.5",
+        "drop_desc_p": "the description is dropped with audiocraft's probability of 0.5",
+        "drop_other_p": "each other field is dropped with audiocraft's probability of 0.5",
         "lora_rslora": "give a larger --lora_alpha; adapters are multiplied by alpha / rank",
     }
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -91,19 +91,19 @@ class Config(CaptionFlags):
     }
 
     dataset_path: Dataset = Field(
-        description="folder of recordings (wav, flac, mp3, ogg, opus, aiff, m4a) and captions: "
-        "NAME.txt, NAME.json, metadata.csv or metadata.jsonl; or tokens of them, from prepare.py "
-        "encode; or WebDataset shards of either: such a folder, shards/train-{000..099}.tar, or "
-        "that as a URL"
+        description="folder of recordings (wav, flac, mp3, ogg, opus, aiff, m4a) and captions "
+        "(NAME.txt, NAME.json, metadata.csv or metadata.jsonl); or of their tokens, from "
+        "prepare.py encode; or WebDataset shards of either: a folder of them, "
+        "shards/train-{000..099}.tar, or such a URL"
     )
     model_id: str = Field(
         "small",
         min_length=1,
         description="small, medium, large, melody, melody-large; stereo-small and so on; demo "
-        "(tiny, comes with the project); a Hugging Face id, or a folder in audiocraft's exported "
+        "(tiny, included); a Hugging Face id, or a folder in audiocraft's exported "
         "format",
     )
-    output_dir: AnyPath = Field("models", description="folder for everything it writes")
+    output_dir: AnyPath = Field("models", description="folder for everything the run writes")
     epochs: int = Field(
         100, ge=1, description="passes over the dataset; each takes one random crop of every file"
     )
@@ -134,7 +134,7 @@ class Config(CaptionFlags):
     )
     use_cfg: bool = Field(
         False,
-        description="drop captions, and melodies with them, at random (see cfg_p), so that "
+        description="drop captions, and their melodies, at random (see cfg_p), so that "
         "classifier-free guidance keeps working; 0 = off",
     )
     cfg_p: float = Field(
@@ -147,19 +147,19 @@ class Config(CaptionFlags):
         0.5,
         ge=0,
         le=1,
-        description="melody models: probability of training a clip without its melody; 1 = on "
-        "captions alone, without demucs",
+        description="melody models: probability of training a clip without its melody; 1 = "
+        "captions only, demucs not needed",
     )
     duration: float = Field(
         30.0, ge=1, description="length of a crop in seconds; shorter clips are padded"
     )
     cache_tokens: bool = Field(
         False,
-        description="encode every recording once, before the first step, and train from the "
-        "tokens; 0 = off",
+        description="encode every recording once, before the first step, and train on the tokens; "
+        "0 = off",
     )
     num_workers: int | None = Field(
-        None, ge=0, description="processes that read audio; None = up to 4, 0 = the main one"
+        None, ge=0, description="processes that read audio; None = up to 4, 0 = the main process"
     )
 
     # Training
@@ -170,7 +170,7 @@ class Config(CaptionFlags):
     )
     warmup_steps: int = Field(16, ge=0, description="steps of linear warm-up; 0 = off")
     weight_decay: float = Field(
-        1e-5, ge=0, description="AdamW weight decay, not on biases and norms; 0 = off"
+        1e-5, ge=0, description="AdamW weight decay, except on biases and norms; 0 = off"
     )
     lr_scheduler: Literal["cosine", "constant"] = Field(
         "cosine", description="after the warm-up: to 0 at the last step, or constant"
@@ -184,18 +184,20 @@ class Config(CaptionFlags):
     )
     placeholder: Annotated[str, AfterValidator(one_word)] | None = Field(
         None,
-        description="train the vector of this new word of the text encoder, such as `<my-style>`, "
-        "instead of the weights; captions without it get it in front; None = off",
+        description="train a vector for this new word of the text encoder, such as `<my-style>`, "
+        "instead of the weights; it is put in front of captions that lack it; None = off",
     )
     placeholder_init: str = Field(
-        "music", min_length=1, description="the word, or words, whose mean vector it starts from"
+        "music",
+        min_length=1,
+        description="word, or words, whose mean vector it starts from",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of crops, order, dropout and samples")
 
     # Memory
     dry_run: bool = Field(
         False,
-        description="train nothing: say how much memory the run will take on a GPU, and what would "
+        description="train nothing, but print how much GPU memory the run will need and what would "
         "lower it; 0 = off",
     )
     grad_checkpointing: bool = Field(
@@ -203,11 +205,11 @@ class Config(CaptionFlags):
     )
     optimizer: Literal["adamw", "adamw_8bit", "adamw_8bit_bf16"] = Field(
         "adamw",
-        description="adamw_8bit keeps its two moments in 8 bit instead of 32; adamw_8bit_bf16 also "
-        "keeps the layers' weights and gradients in bf16, and rounds the weights at random",
+        description="adamw_8bit keeps its two moments in 8 bits instead of 32; adamw_8bit_bf16 "
+        "also keeps the layers' weights and gradients in bf16, with stochastic rounding",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto = bf16 on a GPU that has it, else fp16 on CUDA, else fp32"
+        "auto", description="auto = bf16 on a GPU that supports it, else fp16 on CUDA, else fp32"
     )
     device: Device = Field("auto", description="auto, cuda, mps or cpu")
 
@@ -219,7 +221,7 @@ class Config(CaptionFlags):
         0.0, ge=0, lt=1, description="probability of dropping an adapter's inputs; 0 = off"
     )
     lora_embeddings: bool = Field(
-        False, description="adapters on token embeddings and output heads too; 0 = off"
+        False, description="train adapters on token embeddings and output heads too; 0 = off"
     )
 
     # Validation and samples
@@ -229,16 +231,16 @@ class Config(CaptionFlags):
         "loss; None = off",
     )
     valid_step: int | None = Field(
-        None, ge=1, description="steps between validations; None = ten times a run"
+        None, ge=1, description="steps between validations; None = ten per run"
     )
     sample_step: int | None = Field(
         None,
         ge=0,
-        description="steps between samples (wav), the first before training; None or 0 = off",
+        description="steps between samples (wav), with the first before training; None or 0 = off",
     )
     sample_prompts: Prompts | None = Field(
         None,
-        description='a prompt, a list ["one", "two"], or a .txt file with one a line; '
+        description='a prompt, a list ["one", "two"], or a .txt file with one per line; '
         "None = the first two captions",
     )
     sample_duration: float = Field(10.0, gt=0, description="length of a sample in seconds")
@@ -253,9 +255,9 @@ class Config(CaptionFlags):
         0, ge=0, description="how many of the newest `lm_<step>.pt` to keep; 0 = all"
     )
     save_dtype: SaveDtype = Field(
-        "fp32", description="number format of lm_*.pt; the 16 bit ones halve the file"
+        "fp32", description="number format of lm_*.pt; 16-bit formats halve the file"
     )
-    resume: bool = Field(False, description="go on with the stopped run in output_dir")
+    resume: bool = Field(False, description="continue the stopped run in output_dir")
     overwrite: bool = Field(False, description="replace an earlier run's files in output_dir")
     use_wandb: bool = Field(False, description="log to Weights & Biases; 0 = off")
     wandb_project: str = Field("musicgen-trainer", min_length=1, description="wandb project")
@@ -274,10 +276,10 @@ class Config(CaptionFlags):
         if self.tune_text and self.no_label:
             problems.append(
                 "--tune_text=1 with --no_label=1 leaves nothing to train: empty captions have no "
-                "gradient; leave one of them out"
+                "gradient; leave out one of them"
             )
         if self.optimizer == "adamw_8bit_bf16":
-            problems += self._problems_of_bf16()
+            problems += self._bf16_problems()
         has_held_out = bool(self.valid_path or self.valid_split)
         needs = {
             "cfg_p": (self.use_cfg, "--use_cfg=1"),
@@ -294,7 +296,7 @@ class Config(CaptionFlags):
         }
         return problems + self._idle(needs)
 
-    def _problems_of_bf16(self) -> list[str]:
+    def _bf16_problems(self) -> list[str]:
         problems = []
         if self.precision in ("fp32", "fp16"):
             problems.append(
@@ -304,11 +306,11 @@ class Config(CaptionFlags):
         if self.ema_decay:
             problems.append(
                 "--optimizer=adamw_8bit_bf16 and --ema_decay exclude each other: an average kept "
-                "in bf16 would hardly move; leave one of them out"
+                "in bf16 would hardly move; leave out one of them"
             )
         return problems + [
-            f"--optimizer=adamw_8bit_bf16 does nothing with --{name}, which leaves the layers as "
-            "they are: use --optimizer=adamw_8bit"
+            f"--optimizer=adamw_8bit_bf16 does nothing with --{name}, which doesn't train the "
+            "layers: use --optimizer=adamw_8bit"
             for name in ("lora_rank", "tune_text", "placeholder")
             if getattr(self, name)
         ]

@@ -17,7 +17,7 @@ def _existing_folder(value: str) -> str:
 
 
 def _dataset(value: str) -> str:
-    """A folder; or shards, such as shards/train-{000..099}.tar, which are looked for later."""
+    """Check a folder; shards, such as shards/train-{000..099}.tar, are looked for later."""
     is_shards = "://" in value or value.endswith(".tar")
     if "://" in value:
         return value
@@ -38,12 +38,12 @@ def one_word(value: str) -> str:
 
 
 def _expanded(value: str) -> str:
-    """~ is the home folder; a shell doesn't see it after --flag=."""
+    """Expand ~ to the home folder, as a shell doesn't after --flag=."""
     return str(Path(value).expanduser())
 
 
 def _one_or_list(value: Any) -> Any:
-    """A value, or a list of them written ["one", "two"]."""
+    """Read a value, or a list written ["one", "two"], into a list."""
     if not isinstance(value, str):
         return value
     if not value.startswith("["):
@@ -58,12 +58,12 @@ def _one_or_list(value: Any) -> Any:
 
 
 def _prompts(value: Any) -> Any:
-    """A prompt, a list of them, or a .txt file with one a line."""
+    """Read a prompt, a list of them, or a .txt file with one per line, into a list."""
     if isinstance(value, str) and value.endswith(".txt"):
         try:
             lines = Path(value).expanduser().read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot be read ({error})") from None
+            raise ValueError(f"can't be read ({error})") from None
         return [line.strip() for line in lines if line.strip()]
     return _one_or_list(value)
 
@@ -91,7 +91,7 @@ Scales = Annotated[
     BeforeValidator(_one_or_list),
     Field(
         min_length=1,
-        description="how strongly: 0 = not at all, 1 = as trained; or [0.7, 0.3], one for each",
+        description="how strongly: 0 = not at all, 1 = as trained; or [0.7, 0.3], one per adapter",
     ),
 ]
 SaveDtype = Literal["fp32", "bf16", "fp16"]
