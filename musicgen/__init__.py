@@ -1,6 +1,6 @@
 """MusicGen: the only folder that touches audiocraft.
 
-Python runs this file before any other of the folder, so what audiocraft's import needs is there.
+Python runs this file before any other file here, so it sets up what importing audiocraft needs.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ INSTALL = f"pip install --no-deps audiocraft=={VERSION}"
 def _stand_in_for_xformers() -> None:
     """Let audiocraft import without xformers, which many systems have no wheels for.
 
-    audiocraft's attention runs on torch; of xformers it then uses only these three names.
+    audiocraft's attention then runs on torch and needs only these three names.
     """
     ops = types.ModuleType("xformers.ops")
     ops.unbind = torch.unbind  # type: ignore[attr-defined]
@@ -37,7 +37,7 @@ def _stand_in_for_xformers() -> None:
 
 @contextlib.contextmanager
 def _without(name: str) -> Iterator[None]:
-    """Importing `name` fails inside the block, as if it were not installed."""
+    """Make `import name` fail inside the block, as if it were not installed."""
     before = sys.modules.get(name)
     sys.modules[name] = None  # type: ignore[assignment]
     try:
@@ -49,7 +49,7 @@ def _without(name: str) -> Iterator[None]:
 
 
 def _import_audiocraft() -> None:
-    """Errors: UserError with the line to type if audiocraft is missing, or another version."""
+    """Import audiocraft. Raises: UserError if it is missing or of another version."""
     try:
         import audiocraft
     except ModuleNotFoundError as error:
@@ -58,11 +58,11 @@ def _import_audiocraft() -> None:
         raise UserError(f"audiocraft is not installed: {INSTALL}") from None
     if audiocraft.__version__ != VERSION:
         raise UserError(
-            f"audiocraft {audiocraft.__version__} is installed, and this needs {VERSION}: {INSTALL}"
+            f"audiocraft {audiocraft.__version__} is installed, but {VERSION} is needed: {INSTALL}"
         )
-    # flashy, a part of audiocraft, would import wandb, which is for --use_wandb=1 alone.
+    # audiocraft's flashy would import wandb, which only --use_wandb=1 needs.
     with warnings.catch_warnings(), _without("wandb"):
-        warnings.simplefilter("ignore")  # the libraries' own; a user can do nothing about them
+        warnings.simplefilter("ignore")  # from libraries; a user can do nothing about them
         import audiocraft.models
 
 

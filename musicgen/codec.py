@@ -1,4 +1,4 @@
-"""EnCodec: audio -> codes, of clips and of whole recordings.
+"""EnCodec: audio -> codes, for clips and for whole recordings.
 
 Letters: B batch, C channels, K codebooks, T token frames.
 """
@@ -20,10 +20,10 @@ from recordings.track import Track
 
 @torch.no_grad()
 def encode_audio(model: Model, wav: torch.Tensor) -> torch.Tensor:
-    """wav `[B, C, samples]` at the model's rate -> codes `[B, K, T]`; in float32, no autocast.
+    """Encode wav `[B, C, samples]` at the model's rate to codes `[B, K, T]`, in float32.
 
-    On a GPU as one batch. On the CPU, where that is no faster, clip by clip: there a batch rounds
-    differently from a single clip, and of a nearly tied code another one wins.
+    A GPU takes the whole batch. The CPU takes one clip at a time, which is as fast: a batch rounds
+    differently there, and where two codes are nearly tied it may pick the other one.
     """
     parts = wav.split(1) if wav.device.type == "cpu" else [wav]
     encoded = [model.compression_model.encode(part) for part in parts]
@@ -32,15 +32,15 @@ def encode_audio(model: Model, wav: torch.Tensor) -> torch.Tensor:
 
 
 def move(model: Model, half: str, device: torch.device | str) -> None:
-    """Move EnCodec's "encoder", unused with kept tokens, or its "decoder", used for samples."""
+    """Move EnCodec's "encoder", unused with cached tokens, or its "decoder", used for samples."""
     for module in getattr(_codec(model), half).to(device).modules():
-        weight = module.__dict__.get("weight")  # weight_norm keeps there what it last computed
+        weight = module.__dict__.get("weight")  # where weight_norm keeps its last result
         if isinstance(weight, torch.Tensor):
             module.weight = weight.to(device)
 
 
 def codec_hash(model: Model) -> str:
-    """Of what the codes depend on: EnCodec's weights and config."""
+    """Return a hash of EnCodec's weights and config: the codes depend on nothing else."""
     codec = _codec(model)
     digest = hashlib.sha256(codec.cfg_text.encode())
     for name, tensor in codec.state_dict().items():
@@ -50,19 +50,19 @@ def codec_hash(model: Model) -> str:
 
 def _codec(model: Model) -> Any:
     codec: Any = model.compression_model
-    while not hasattr(codec, "decoder"):  # around it: for stereo, for Hugging Face's
+    while not hasattr(codec, "decoder"):  # wrappers for stereo, for Hugging Face's model
         codec = codec.model
     return codec
 
 
-# Encoded at a time, and how much of it only to be heard, on both sides. EnCodec's LSTM goes on
-# from all before; from half a second before and a tenth after on, the codes were those of the
-# recording encoded as a whole (`python -m benchmarks.tokens`).
+# The window encoded at a time, and the context at each end whose codes are dropped. EnCodec's
+# LSTM remembers everything before, but with half a second of context before and a tenth after,
+# the codes were those of the whole recording encoded at once (`python -m benchmarks.tokens`).
 WINDOW_SEC, MARGIN_SEC = 30, 2
 
 
 def tokens_of(model: Model) -> Tokens:
-    """Tokens of the model's codec: of recordings in its cache, or in files of their own."""
+    """Return a reader of the codec's tokens, cached from recordings or in files of tokens."""
     rate, codebooks, codec = round(model.frame_rate), model.lm.num_codebooks, codec_hash(model)
     settings = [codec, codebooks, model.audio_channels, model.sample_rate, WINDOW_SEC, MARGIN_SEC]
     return Tokens(
@@ -86,7 +86,7 @@ def fill(
 ) -> None:
     """Encode what is not in the cache yet, on a GPU `batch_size` windows at a time.
 
-    Errors: UserError if a recording can't be read.
+    Raises: UserError if a recording can't be read.
     """
 
     def find(track: Track) -> np.ndarray:
@@ -96,15 +96,15 @@ def fill(
 
 
 def encode_track(model: Model, track: Track, batch_size: int) -> np.ndarray:
-    """The codes `[K, T]` of a whole recording. Errors: ValueError if it can't be read."""
+    """Return a recording's codes `[K, T]`. Raises: ValueError if it can't be read."""
     return np.concatenate(list(_blocks(model, track, batch_size)), axis=1)
 
 
 def _blocks(model: Model, track: Track, batch_size: int) -> Iterator[np.ndarray]:
-    """The codes `[K, T]` of a whole recording, in blocks of bounded memory.
+    """Yield the codes `[K, T]` of a whole recording in blocks, so that memory is bounded.
 
     Example: 60 s are encoded as 0 to 30 s, of which 0 to 28 s are kept; 26 to 56 s (28 to 54 s);
-    52 to 60 s (54 to 60 s). In whole seconds, which begin at a frame of both tokens and file.
+    52 to 60 s (54 to 60 s). Whole seconds begin at a frame of both the tokens and the file.
     """
     rate, source = round(model.frame_rate), track.sample_rate
     block, margins = WINDOW_SEC - 2 * MARGIN_SEC, 2 * MARGIN_SEC * source
@@ -125,8 +125,8 @@ def _blocks(model: Model, track: Track, batch_size: int) -> Iterator[np.ndarray]
         batch = torch.from_numpy(np.stack(wavs)).to(model.device)  # [B, C, samples]
         encoded = encode_audio(model, batch).to("cpu", torch.int16)  # [B, K, T]
         for begin, codes in zip(group, encoded.numpy(), strict=True):
-            heard = MARGIN_SEC * rate if begin else 0
+            first = MARGIN_SEC * rate if begin else 0
             end = batch.shape[2] * rate // model.sample_rate  # whole frames
             if group != last:
                 end -= MARGIN_SEC * rate
-            yield codes[:, heard:end]
+            yield codes[:, first:end]

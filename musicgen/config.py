@@ -1,4 +1,4 @@
-"""A model's configs: read, checked, or known of the published ones."""
+"""A model's configs: known for the published models, read and checked for others."""
 
 from typing import Any
 
@@ -11,18 +11,18 @@ from musicgen.hub import (
     HF_FILES,
     T5_NEEDS,
     WEIGHTS,
+    damage_as_user_error,
     find_model,
     hub_folder,
     read_package,
-    told_as_damage,
 )
 from musicgen.published import SHORT_NAMES
 
 
 def configs(model_id: str) -> tuple[DictConfig, DictConfig, T5Config]:
-    """The configs of language model, codec and text encoder, without loading weights.
+    """Return the configs of language model, codec and text encoder without loading weights.
 
-    Of a published model they are known, also if it is not on disk. Errors: UserError.
+    A published model's are built in, so it need not be on disk. Raises: UserError.
     """
     codec: Any = OmegaConf.create(published.CODEC_CONFIG)
     names = {repo: name for name, repo in SHORT_NAMES.items()}
@@ -30,11 +30,11 @@ def configs(model_id: str) -> tuple[DictConfig, DictConfig, T5Config]:
     if name in SHORT_NAMES:
         return published.lm_config(name), codec, T5Config(**published.T5["t5-base"])
     folder = find_model(model_id)
-    with told_as_damage(model_id):
+    with damage_as_user_error(model_id):
         lm: Any = OmegaConf.create(read_package(folder / WEIGHTS[0], model_id)["xp.cfg"])
         check_supported(lm, model_id)
         package = read_package(folder / WEIGHTS[1], model_id)
-        if "xp.cfg" in package:  # else the name of the published one
+        if "xp.cfg" in package:  # otherwise it names the published codec
             codec = OmegaConf.create(package["xp.cfg"])
         t5_name = lm.conditioners[text_name(lm)].t5.name
         if (folder / "t5" / "config.json").exists():
@@ -47,12 +47,13 @@ def configs(model_id: str) -> tuple[DictConfig, DictConfig, T5Config]:
 
 
 def check_supported(cfg: DictConfig, model_id: str) -> None:
+    """Raise UserError if a model can't be trained here."""
     conditioners = {k: v.model for k, v in cfg.conditioners.items() if k != "args"}
     name = text_name(cfg)
     families = ({name: "t5"}, {"self_wav": "chroma_stem", name: "t5"})
     if cfg.lm_model != "transformer_lm" or conditioners not in families:
         raise UserError(
-            f"--model_id={model_id}: a {cfg.lm_model} conditioned on "
+            f"--model_id={model_id}: is a {cfg.lm_model} conditioned on "
             f"{', '.join(conditioners) or 'nothing'}; only MusicGen models conditioned on text, or "
             f"on text and melody, can be trained: {', '.join(SHORT_NAMES)}"
         )
@@ -60,22 +61,22 @@ def check_supported(cfg: DictConfig, model_id: str) -> None:
     fused = {"prepend": ["self_wav", name] if has_melody else [], "cross": [name]}
     if has_melody:
         fused["cross"] = []
-    unlike_published = {
-        "its conditions are not fused as the published models'": any(
+    unsupported = {
+        "its conditions are not fused as the published models' are": any(
             list(cfg.fuser[way]) != fused.get(way, [])
             for way in ("prepend", "cross", "sum", "input_interpolate")
         ),
         "T5 was fine-tuned": cfg.conditioners[name].t5.finetune,
-        "torch's own attention": not (transformer.memory_efficient or transformer.custom),
-        "attention_as_float32": transformer.attention_as_float32,
-        "qk_layer_norm_cross": transformer.get("qk_layer_norm_cross", False),
+        "it uses torch's own attention": not (transformer.memory_efficient or transformer.custom),
+        "it has attention_as_float32": transformer.attention_as_float32,
+        "it has qk_layer_norm_cross": transformer.get("qk_layer_norm_cross", False),
     }
-    for what, is_so in unlike_published.items():
+    for what, is_so in unsupported.items():
         if is_so:
-            raise UserError(f"--model_id={model_id}: not a model this can train: {what}")
+            raise UserError(f"--model_id={model_id}: this model can't be trained: {what}")
 
 
 def text_name(cfg: DictConfig) -> str | None:
-    """What a config calls its condition on text."""
+    """Return the name of a config's text condition."""
     conditioners = ((name, c.get("model")) for name, c in cfg.conditioners.items())
     return next((name for name, model in conditioners if model == "t5"), None)

@@ -6,7 +6,7 @@ from errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """What --device asks for; auto = CUDA, else MPS, else the CPU. Errors: UserError."""
+    """Return the device for --device; auto = CUDA, else MPS, else the CPU. Raises: UserError."""
     has = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -16,12 +16,12 @@ def choose_device(name: str) -> torch.device:
         name = next(kind for kind in has if has[kind])
     if not has[name]:
         raise UserError(
-            f"--device={name}: torch sees no such device on this machine; leave the flag out, or "
-            "install the torch that fits its driver"
+            f"--device={name}: torch finds no such device on this machine; leave the flag out, or "
+            "install a torch that fits the driver"
         )
     return torch.device(name)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Without waiting for CUDA. MPS may read a temporary after it is freed, so there it waits."""
+    """Move without waiting for CUDA. MPS may read a freed temporary, so wait for that."""
     return tensor.to(device, non_blocking=device.type == "cuda")

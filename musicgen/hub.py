@@ -26,6 +26,7 @@ CODEC_NEEDS = [("config.json",), HF_WEIGHTS]
 
 
 def find_model(model_id: str) -> Path:
+    """Return the folder of a model's files; download them if need be. Raises: UserError."""
     path = FOLDERS.get(model_id, Path(model_id).expanduser())
     if model_id in SHORT_NAMES or not path.is_dir():
         if model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1 or path.exists():
@@ -39,14 +40,14 @@ def find_model(model_id: str) -> Path:
     missing = [name for name in WEIGHTS if not (path / name).is_file()]
     if missing:
         raise UserError(
-            f"--model_id={model_id}: no MusicGen in audiocraft's exported format: "
-            f"{' and '.join(missing)} not found in it"
+            f"--model_id={model_id}: is not a MusicGen in audiocraft's exported format: "
+            f"it has no {' and no '.join(missing)}"
         )
     return path
 
 
 def portable_id(model_id: str) -> str:
-    """What names the same model from another working folder: a name, an id or a full path."""
+    """Return a name, id or full path that means this model from any working folder."""
     folder = Path(model_id).expanduser()
     is_name = model_id in SHORT_NAMES or model_id in FOLDERS
     return model_id if is_name or not folder.is_dir() else str(folder.resolve())
@@ -55,22 +56,22 @@ def portable_id(model_id: str) -> str:
 def hub_folder(
     repo: str, patterns: list[str], needs: Sequence[tuple[str, ...]], cache_dir: str | None = None
 ) -> Path:
-    """The local snapshot of a Hugging Face repository; downloaded only if it is not complete.
+    """Return the local snapshot of a Hugging Face repository; download it only if incomplete.
 
-    `needs` are the files that make it complete, each with its alternatives.
+    `needs` lists the files that make it complete, each with its alternatives.
     """
     fetch = functools.partial(snapshot_download, repo, allow_patterns=patterns, cache_dir=cache_dir)
     try:
         path = Path(fetch(local_files_only=True))
         if not lacking(path, needs):
             return path
-    except (OSError, ValueError):  # not in the cache, or no valid id: the hub's answer says which
+    except (OSError, ValueError):  # not in the cache, or not a valid id: the hub will say which
         pass
     try:
         path = Path(fetch())
         lacks = lacking(path, needs)
         reason = f"it has no {lacks}"
-    except Exception as error:  # offline, no such id, no access: each a class of its own
+    except Exception as error:  # offline, no such id, no access: each its own class
         lines = str(error).strip().splitlines() or ["no reason given"]
         lacks, reason = "all", f"{type(error).__name__}: {lines[0]}"
     if lacks:
@@ -84,18 +85,19 @@ def hub_folder(
 
 
 def lacking(folder: Path, needs: Sequence[tuple[str, ...]]) -> str:
-    """The first file that a folder needs and has not, or an empty string."""
+    """Return the first needed file that a folder lacks, or an empty string."""
     missing = (names for names in needs if not any((folder / name).exists() for name in names))
     return " or ".join(next(missing, ()))
 
 
 def read_package(path: Path, model_id: str) -> dict[str, Any]:
+    """Read a file in audiocraft's exported format. Raises: UserError if it is not one."""
     try:
         package = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load has no class for "this is not my file"
         raise UserError(
             f"--model_id={model_id}: {path.name} can't be read ({type(error).__name__}); "
-            "it is damaged or no torch file: download or export it again"
+            "it is damaged or not a torch file: download or export it again"
         ) from None
     exported = isinstance(package, dict) and {"xp.cfg", "best_state"} <= package.keys()
     named_codec = isinstance(package, dict) and path.name == WEIGHTS[1] and "pretrained" in package
@@ -107,8 +109,8 @@ def read_package(path: Path, model_id: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def told_as_damage(model_id: str) -> Iterator[None]:
-    """Whatever goes wrong inside with a model's files is a UserError."""
+def damage_as_user_error(model_id: str) -> Iterator[None]:
+    """Turn any failure with a model's files inside the block into a UserError."""
     try:
         yield
     except (*DAMAGES, KeyError, RuntimeError, OSError, ValueError) as error:
@@ -116,6 +118,6 @@ def told_as_damage(model_id: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"--model_id={model_id}: is no MusicGen that can be loaded "
+            f"--model_id={model_id}: can't be loaded as a MusicGen "
             f"({type(error).__name__}: {reason}); download or export it again"
         ) from error

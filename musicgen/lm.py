@@ -21,15 +21,15 @@ def build_lm(cfg: DictConfig, t5: Path) -> LMModel:
     # autocast_dtype: audiocraft's autocast takes no device like cuda:0.
     here = {"t5": {"name": str(t5), "autocast_dtype": None}}
     merged: Any = OmegaConf.merge(cfg, {"conditioners": {text_name(cfg): here}})
-    with _builders_take(t5):
+    with _builders_accepting(t5):
         lm = builders.get_lm_model(merged)
     attention.put_into(lm)
     return lm
 
 
 @contextlib.contextmanager
-def _builders_take(t5: Path) -> Iterator[None]:
-    """Let audiocraft's builders take a T5 that is not on their list, and our melody conditioner."""
+def _builders_accepting(t5: Path) -> Iterator[None]:
+    """Make audiocraft's builders accept any T5 and use our melody conditioner."""
     name, theirs = str(t5), builders.ChromaStemConditioner
     lists: Any = T5Conditioner
     lists.MODELS.append(name)

@@ -22,18 +22,18 @@ from musicgen.hub import (
     HF_FILES,
     T5_NEEDS,
     WEIGHTS,
+    damage_as_user_error,
     find_model,
     hub_folder,
     lacking,
     read_package,
-    told_as_damage,
 )
 from musicgen.lm import build_lm
 from musicgen.text import text_conditioner
 
 
 class Model(MusicGen):
-    """MusicGen whose constructor also takes models of short pieces (its own wants over 18 s)."""
+    """MusicGen that also allows windows under 18 s, which audiocraft's constructor refuses."""
 
     def set_generation_params(self, **params: Any) -> None:  # type: ignore[override]
         super().set_generation_params(**{"extend_stride": 0.6 * self.max_duration, **params})
@@ -47,15 +47,15 @@ def load_model(
 ) -> Model:
     """Load a MusicGen by short name, Hugging Face id or folder; offline if it is on disk.
 
-    A folder may hold its text encoder in `t5/`; else, and for ids, the Hugging Face cache has it.
-    `dtype` is the language model's number format, `layers_dtype` another one for the matrices of
-    its transformer layers, nearly all of its weights.
-    audiocraft's own `MusicGen.get_pretrained` reads the same files, but asks the hub first, has
-    no say in the number format, and loads demucs with every melody model.
-    Errors: UserError when it is not there, can't be downloaded, or is of another family.
+    A folder may hold its text encoder in `t5/`; otherwise that comes from the Hugging Face cache.
+    `dtype` is the language model's number format; `layers_dtype` overrides it for the matrices of
+    the transformer layers, nearly all of the weights.
+    audiocraft's own `MusicGen.get_pretrained` reads the same files, but asks the hub first, does
+    not let you choose the number format, and loads demucs with every melody model.
+    Raises: UserError if it does not exist, can't be downloaded, or is of another family.
     """
     folder = find_model(model_id)
-    with warnings.catch_warnings(), _quiet_transformers(), told_as_damage(model_id):
+    with warnings.catch_warnings(), _quiet_transformers(), damage_as_user_error(model_id):
         warnings.simplefilter("ignore")
         lm = _load_lm(folder, model_id, device, dtype, layers_dtype or dtype)
         codec = _load_codec(folder, model_id, device)
@@ -63,16 +63,16 @@ def load_model(
 
 
 def load_codec(model_id: str, device: torch.device) -> Model:
-    """A MusicGen that only encodes: its EnCodec, without text encoder and language model.
+    """Load a MusicGen that only encodes: no text encoder, no language model.
 
-    Errors: UserError, as for `load_model`.
+    Raises: UserError, as `load_model` does.
     """
     folder = find_model(model_id)
-    with warnings.catch_warnings(), _quiet_transformers(), told_as_damage(model_id):
+    with warnings.catch_warnings(), _quiet_transformers(), damage_as_user_error(model_id):
         warnings.simplefilter("ignore")
         cfg = OmegaConf.create(read_package(folder / WEIGHTS[0], model_id)["xp.cfg"])
         check_supported(cfg, model_id)
-        lm: Any = nn.Linear(1, 1, device=device)  # stands in: MusicGen asks it for its device
+        lm: Any = nn.Linear(1, 1, device=device)  # a stand-in: MusicGen asks it for its device
         lm.cfg, lm.card, lm.num_codebooks = cfg, cfg.transformer_lm.card, cfg.transformer_lm.n_q
         return Model(model_id, _load_codec(folder, model_id, device), lm)
 
@@ -98,7 +98,7 @@ def _load_lm(
     conditioner = text_conditioner(lm)
     off = torch.autocast(device.type, enabled=False)
     conditioner.autocast = off  # type: ignore[assignment]
-    conditioner.word_dropout = 0.0  # on in the published configs; here the dataset does it
+    conditioner.word_dropout = 0.0  # on in the published configs, but the dataset does it here
     if layers_dtype != dtype:
         all_but_matrices_to(lm, dtype)
     lm.load_state_dict(package["best_state"])
@@ -107,7 +107,7 @@ def _load_lm(
 
 
 def all_but_matrices_to(lm: LMModel, dtype: torch.dtype) -> None:
-    """Bring to `dtype` what is not a matrix of the transformer's layers: 4 % of small's weights."""
+    """Convert all weights but the layers' matrices to `dtype`: 4 % of small's."""
     matrices = {p for p in lm.transformer.layers.parameters() if p.ndim > 1}
     for parameter in set(lm.parameters()) - matrices:
         parameter.data = parameter.data.to(dtype)
@@ -115,7 +115,7 @@ def all_but_matrices_to(lm: LMModel, dtype: torch.dtype) -> None:
 
 def _load_codec(folder: Path, model_id: str, device: torch.device) -> CompressionModel:
     package = read_package(folder / WEIGHTS[1], model_id)
-    if "pretrained" in package:  # a name instead of weights, as in the stereo models
+    if "pretrained" in package:  # a name instead of weights, as for the stereo models
         local = folder / "encodec"
         if not local.is_dir():
             local = hub_folder(package["pretrained"], HF_FILES, CODEC_NEEDS)
@@ -133,7 +133,7 @@ def _load_codec(folder: Path, model_id: str, device: torch.device) -> Compressio
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and advice while a text encoder loads."""
+    """Silence progress bars and advice while a text encoder loads."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

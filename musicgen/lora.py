@@ -1,4 +1,4 @@
-"""LoRA on MusicGen's language model: put on and saved with peft, merged into plain weights.
+"""LoRA on MusicGen's language model: attached and saved with peft, merged into plain weights.
 
 Letters: r rank; an adapted weight W [out, in] becomes W + scale * scaling * B [out, r] A [r, in].
 """
@@ -18,15 +18,15 @@ from errors import UserError
 from musicgen.attention import adapted_linear
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")  # peft's names
-if TYPE_CHECKING:  # slow to import, and only for LoRA
+if TYPE_CHECKING:  # slow to import, and only LoRA needs it
     from peft import LoraConfig, PeftModel
 LAYERS = r"transformer\.layers\.\d+\.(linear1|linear2|(self_attn|cross_attention)\.out_proj)"
-ENDS = r"emb\.\d+|linears\.\d+"  # token embeddings and output heads
+EMBEDDINGS = r"emb\.\d+|linears\.\d+"  # token embeddings and output heads
 FUSED = ["self_attn.in_proj_weight", "cross_attention.in_proj_weight"]  # Q, K and V
 
 
 class Adapter(NamedTuple):
-    """The tensors of an adapter by peft's names, and its config."""
+    """An adapter's config, and its tensors by peft's names."""
 
     tensors: dict[str, torch.Tensor]
     config: "LoraConfig"
@@ -38,49 +38,52 @@ def attach(
     rank: int,
     alpha: float,
     dropout: float = 0.0,
-    ends: bool = False,
+    embeddings: bool = False,
     base: str | None = None,
 ) -> "PeftModel":
-    """Freeze `lm` and put new adapters on it, in place, on the device of its weights.
+    """Freeze `lm` and attach new adapters to it, in place, on the device of its weights.
 
-    They start without effect. `base` is the model's name for the adapter's config. The adapters
-    are float32; the frozen weights stay as they are.
-    Errors: UserError if the attention is of a kind that attention.py doesn't compute.
+    They have no effect until trained. `base` is the model's name for the adapter's config;
+    `embeddings` adapts token embeddings and output heads too. The adapters are float32; the
+    frozen weights keep their format.
+    Raises: UserError if the attention is of a kind that attention.py doesn't compute.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 
     attention = lm.transformer.layers[0].self_attn
-    unlike_published = {
+    unsupported = {
         "rotary positions": attention.rope is not None,
         "past_context": attention.past_context is not None,
         "kv_repeat": attention.kv_repeat != 1,
         "qk_layer_norm": attention.qk_layer_norm,
-        "no memory_efficient attention": not attention.memory_efficient,
+        "attention that is not memory_efficient": not attention.memory_efficient,
     }
-    for what, is_so in unlike_published.items():
+    for what, is_so in unsupported.items():
         if is_so:
-            raise UserError(f"--lora_rank: not for this model: {what}; leave it out")
+            raise UserError(
+                f"--lora_rank: does not work with {what}, which this model has; leave it out"
+            )
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # scaling = alpha / r; any number will do
-        target_modules=f"{LAYERS}|{ENDS}" if ends else LAYERS,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # scaling = alpha / r; need not be an integer
+        target_modules=f"{LAYERS}|{EMBEDDINGS}" if embeddings else LAYERS,
         target_parameters=FUSED,
     )
     model = get_peft_model(lm, config)
-    config.base_model_name_or_path = base  # not before: peft knows its own models' names only
+    config.base_model_name_or_path = base  # set afterwards: peft accepts only names that it knows
     for layer in lm.modules():
         if not isinstance(layer, LoraLayer):
             continue
         if isinstance(layer.get_base_layer(), nn.Linear):
             layer.forward = functools.partial(adapted_linear, layer)  # type: ignore[attr-defined]
-        if dropout:  # peft's own flag for it excludes target_parameters; attention.py applies it
+        if dropout:  # peft's own option excludes target_parameters; attention.py applies this
             layer.lora_dropout["default"] = nn.Dropout(dropout).train(lm.training)
     return model
 
 
 def save(model: "PeftModel", folder: Path) -> None:
-    """Write the adapter as peft does; each file whole or not at all."""
+    """Write the adapter in peft's format, each file whole or not at all."""
     folder.mkdir(exist_ok=True)
     tensors, config = parts(model)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -96,11 +99,11 @@ def merge(
     *,
     in_place: bool = False,
 ) -> None:
-    """Add an adapter to the weights of a plain language model's state dict.
+    """Add an adapter to the weights in a plain language model's state dict.
 
-    The sums are taken in float32; they replace the entries of `state`, or, one after the other
-    and in their own number format, the values of its tensors if `in_place`.
-    Errors: UserError if the adapter is of a model of another size.
+    Sums are taken in float32 and replace the entries of `state`. If `in_place`, they go into its
+    tensors instead, rounded to their number format after each adapter.
+    Raises: UserError if the adapter belongs to a model of another size.
     """
     tensors, config = adapter
     scaling = scale * config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
@@ -126,7 +129,7 @@ def merge(
 
 
 def parts(model: "PeftModel") -> Adapter:
-    """The tensors and the LoraConfig of adapters that are in training, as `merge` takes them."""
+    """Return the adapter of a model in training, for `merge`."""
     from peft import LoraConfig, get_peft_model_state_dict
 
     config = model.peft_config["default"]
@@ -135,20 +138,20 @@ def parts(model: "PeftModel") -> Adapter:
 
 
 def read(folder: str) -> Adapter:
-    """The tensors and the LoraConfig of an adapter in peft's format. Errors: UserError."""
+    """Read an adapter in peft's format. Raises: UserError."""
     from peft import LoraConfig
 
     path = Path(folder)
     missing = [name for name in FILES if not (path / name).is_file()]
     if missing:
         raise UserError(
-            f"--lora={folder}: no LoRA adapter: {' and '.join(missing)} not found in it; give the "
-            "lora_final folder that run.py left"
+            f"--lora={folder}: is not a LoRA adapter: it has no {' and no '.join(missing)}; give "
+            "the lora_final folder that run.py wrote"
         )
     try:
         config = LoraConfig.from_pretrained(folder)
         if not isinstance(config, LoraConfig):
-            raise ValueError("of another kind than LoRA")
+            raise ValueError("not LoRA")
         tensors = load_file(path / FILES[1])
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
@@ -158,8 +161,8 @@ def read(folder: str) -> Adapter:
     beyond = [name for name in others if getattr(config, name)]
     pairs = [key for key in tensors if _is_inner(key) and _partner(key) in tensors]
     if beyond or not pairs or len(tensors) != 2 * len(pairs):
-        what = ", ".join(beyond) or "the names of its tensors"
-        raise UserError(f"--lora={folder}: is not plain LoRA of one rank ({what})")
+        what = ", ".join(beyond) or "unknown tensors"
+        raise UserError(f"--lora={folder}: is not plain LoRA of one rank: it has {what}")
     return Adapter(tensors, config)
 
 
@@ -172,7 +175,7 @@ def _partner(key: str) -> str:
 
 
 def _weight_name(key: str) -> str:
-    """An adapter's tensor -> the weight that it changes.
+    """Return the name of the weight that an adapter's tensor changes.
 
     Example: base_model.model.transformer.layers.0.self_attn.base_layer.out_proj.lora_A.weight
     -> transformer.layers.0.self_attn.out_proj.weight

@@ -1,4 +1,4 @@
-"""The forward pass that is trained: codes and conditions -> loss.
+"""The forward pass of training: codes and conditions -> loss.
 
 Letters: B batch, K codebooks, T token frames, S pattern steps, L text tokens, F chroma frames,
 P pitch classes, D model width, card = codebook size.
@@ -15,12 +15,12 @@ from musicgen.text import text_conditioner
 
 
 class TokenLoss(nn.Module):
-    """The forward pass that is trained: the one module for DDP, FSDP or torch.compile to wrap.
+    """The forward pass of training, and the one module for DDP, FSDP or torch.compile to wrap.
 
-    Gives what audiocraft's `LMModel.compute_predictions` and a masked cross entropy per codebook
-    give, but in pattern space and one codebook at a time: no [B, card, K, T] logits are gathered
-    and scattered. Padded frames are special tokens, as in audiocraft's solver with its
-    `padding_with_special_token`.
+    The result is that of audiocraft's `LMModel.compute_predictions` and a masked cross entropy per
+    codebook, but computed in pattern space and one codebook at a time, so that no [B, card, K, T]
+    logits are gathered and scattered. Padded frames are special tokens, as with
+    `padding_with_special_token` in audiocraft's solver.
     """
 
     def __init__(self, lm: LMModel) -> None:
@@ -35,7 +35,7 @@ class TokenLoss(nn.Module):
         text_mask: torch.Tensor,  # [B, L]
         melody: torch.Tensor | None = None,  # [B, F, P], for melody models; None = no melody
     ) -> torch.Tensor:
-        """Sum of cross entropies (nats) over each clip's valid tokens, `[B, K]`."""
+        """Return cross entropies (nats) summed over each clip's unpadded tokens, `[B, K]`."""
         padding = torch.arange(codes.shape[-1], device=codes.device) >= lengths[:, None]
         codes = codes.masked_fill(padding[:, None], self.lm.special_token_id)  # padding: [B, T]
         sequence = _interleave(self.lm, codes, self.lm.special_token_id)  # [B, K, T] -> [B, K, S]
@@ -48,7 +48,7 @@ class TokenLoss(nn.Module):
         text_mask: torch.Tensor,
         melody: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The same for codes `[B, K, S]` in the order in which the model reads them."""
+        """Return the same for codes `[B, K, S]` in the order in which the model reads them."""
         lm = self.lm
         inputs, targets = sequence[..., :-1], sequence[..., 1:]
 
@@ -58,7 +58,7 @@ class TokenLoss(nn.Module):
             if melody is None:
                 melody = conditioner.none().expand(len(x), -1, -1)
             melody = conditioner.output_proj(melody)  # [B, F, D]
-            x, steps = _behind_prefix(torch.cat([melody, condition], dim=1), text_mask, x)
+            x, steps = _after_prefix(torch.cat([melody, condition], dim=1), text_mask, x)
             x = lm.transformer(x)
             x = x.gather(1, steps.expand(-1, -1, x.shape[-1]))
         else:
@@ -66,8 +66,8 @@ class TokenLoss(nn.Module):
         if lm.out_norm is not None:
             x = lm.out_norm(x)
 
-        # Logits are computed again in the backward pass: kept in float32, those of all codebooks
-        # of small would take 49 MB for each clip of 30 s.
+        # The backward pass computes the logits again: kept in float32, those of small would take
+        # 49 MB for each clip of 30 s.
         losses = [
             recomputed(self._codebook_loss, head, x, targets[:, k], use_reentrant=False)
             for k, head in enumerate(lm.linears)
@@ -77,7 +77,7 @@ class TokenLoss(nn.Module):
     def _codebook_loss(
         self, head: nn.Module, x: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        """x [B, S - 1, D], targets [B, S - 1] -> [B]."""
+        """Return the loss `[B]` of x [B, S - 1, D] on targets [B, S - 1]."""
         losses = F.cross_entropy(
             head(x).flatten(0, 1),  # [B * (S - 1), card]
             targets.flatten(),
@@ -87,18 +87,18 @@ class TokenLoss(nn.Module):
         return losses.view(len(x), -1).sum(1)
 
 
-def _behind_prefix(
+def _after_prefix(
     prefix: torch.Tensor,  # [B, F + L, D]: melody and text
     text_mask: torch.Tensor,  # [B, L]
     x: torch.Tensor,  # [B, S, D]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x behind each clip's own prefix `[B, F + L + S, D]`, and where it is `[B, S, 1]`.
+    """Return each clip's prefix followed by x `[B, F + L + S, D]`, and where x is `[B, S, 1]`.
 
-    The padding of short captions goes behind x, where causal attention doesn't see it. So a clip
-    is computed as by itself, as a prompt is in generation. No caption is one vector of zeros.
+    The padding of short captions goes after x, where causal attention doesn't see it. So each clip
+    gets the result it would get alone, as in generation. No caption is one vector of zeros.
     """
     padding = text_mask.shape[1] - text_mask.sum(1, keepdim=True).long().clamp(min=1)  # [B, 1]
-    start = prefix.shape[1] - padding  # of x
+    start = prefix.shape[1] - padding  # of x in each clip
     both = torch.cat([prefix, x], dim=1)
     to = torch.arange(both.shape[1], device=x.device).expand(len(x), -1)  # [B, F + L + S]
     source = (to + padding * (to >= start)).clamp(max=both.shape[1] - 1)
@@ -107,10 +107,10 @@ def _behind_prefix(
 
 
 def token_counts(lm: LMModel, lengths: torch.Tensor, frames: int) -> torch.Tensor:
-    """How many tokens of each codebook are trained on, `[K]`, for clips of `frames` frames.
+    """Count the tokens of each codebook that are trained on, `[K]`, in clips of `frames` frames.
 
-    The last frames of delayed codebooks are outside of the pattern's valid steps.
-    Example: T = 4, delays [0, 1], all valid: [4, 3].
+    The last frames of delayed codebooks lie outside the pattern's valid steps.
+    Example: T = 4, delays [0, 1], no padding: [4, 3].
     """
     index = torch.arange(frames).expand(1, lm.num_codebooks, frames).contiguous()
     sequence = _interleave(lm, index, frames)  # [1, K, S], of frame numbers

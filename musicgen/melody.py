@@ -1,7 +1,7 @@
-"""The melody of melody models: which of 12 pitch classes leads, several times a second (chroma).
+"""The melody of melody models: the strongest of 12 pitch classes, several times a second (chroma).
 
-audiocraft takes it from what demucs leaves of a recording without drums and bass. Here that is done
-once for each recording and kept in the user's cache folder, so that training has no demucs in it.
+audiocraft computes it after demucs has removed drums and bass. Here that is done once for each
+recording and kept in the user's cache folder, so that training itself runs no demucs.
 
 Letters: B batch, C channels, F chroma frames (of 4096 samples, at 32 kHz 0.128 s), P pitch classes.
 """
@@ -25,15 +25,15 @@ from recordings.cache import Cache
 from recordings.melodies import Melodies
 from recordings.track import Track
 
-BLOCK_SEC, MARGIN_SEC = 120, 4  # separated at a time, and what is heard on both sides
+BLOCK_SEC, MARGIN_SEC = 120, 4  # separated at a time, and the context on each side
 
 
 class MelodyConditioner(ChromaStemConditioner):
-    """audiocraft's, in the form that `MusicGen.get_pretrained` brings it into for generation.
+    """audiocraft's conditioner, as `MusicGen.get_pretrained` sets it up for generation.
 
-    The melody is repeated or cut to the model's window, `chroma_len` frames; none is the chroma of
-    silence (audiocraft's own training has zeros instead, which generation then never gives).
-    Unlike audiocraft's, it imports and loads demucs not before the first recording.
+    A melody is repeated or cut to the model's window, `chroma_len` frames. No melody is the chroma
+    of silence (audiocraft trains with zeros, which generation never produces). Unlike audiocraft's,
+    it imports and loads demucs only for the first recording.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class MelodyConditioner(ChromaStemConditioner):
         duration: float,
         device: Any = "cpu",
         argmax: bool = False,
-        **_: Any,  # of audiocraft's evaluation and cache
+        **_: Any,  # for audiocraft's evaluation and cache
     ) -> None:
         WaveformConditioner.__init__(self, n_chroma, output_dim, device)
         self.autocast = torch.autocast(torch.device(device).type, enabled=False)  # type: ignore
@@ -61,14 +61,15 @@ class MelodyConditioner(ChromaStemConditioner):
 
     @functools.cached_property
     def demucs(self) -> Any:
+        """Load htdemucs on first use."""
         return load_demucs(self.device, "train with --drop_melody=1, on captions alone")
 
     @torch.no_grad()
     def _get_stemmed_wav(self, wav: torch.Tensor, sample_rate: int) -> torch.Tensor:
-        """wav `[B, C, samples]` -> `[B, 1, samples]` without drums and bass.
+        """Remove drums and bass: wav `[B, C, samples]` -> `[B, 1, samples]`.
 
-        As audiocraft's, but without demucs' random shifts: the same each time; and once for each
-        distinct wav: for generation audiocraft repeats it with every variation.
+        Unlike audiocraft's, this has no random shifts, so the result is always the same, and
+        separates equal wavs once: in generation audiocraft repeats one for each variation.
         """
         wav, places = wav.unique(dim=0, return_inverse=True)
         demucs = self.demucs
@@ -84,21 +85,21 @@ class MelodyConditioner(ChromaStemConditioner):
 
     @torch.no_grad()
     def none(self) -> torch.Tensor:
-        """The melody of no recording, `[chroma_len, P]`."""
+        """Return what stands for no melody, `[chroma_len, P]`."""
         silence = torch.zeros(1, 1, device=self.device)
         return self._extract_chroma(silence)[0, :1].expand(self.chroma_len, -1)
 
 
 def melody_conditioner(lm: LMModel) -> MelodyConditioner | None:
-    """That of a melody model."""
+    """Return a melody model's conditioner, or None for other models."""
     conditioners = lm.condition_provider.conditioners.values()
     return next((c for c in conditioners if isinstance(c, MelodyConditioner)), None)
 
 
 def load_demucs(device: torch.device | str, without: str) -> Any:
-    """htdemucs, to be called by `demucs.apply.apply_model`.
+    """Load htdemucs, for `demucs.apply.apply_model`.
 
-    Errors: UserError if it isn't there; `without` says what can be done then.
+    Raises: UserError if it is not available; `without` says how to do without.
     """
     try:
         from demucs.hf import get_hf_model
@@ -108,7 +109,7 @@ def load_demucs(device: torch.device | str, without: str) -> Any:
         ) from None
     try:
         demucs = get_hf_model("htdemucs")
-    except Exception as error:  # offline, no space, no access: each a class of its own
+    except Exception as error:  # offline, no space, no access: each its own class
         if is_out_of_memory(error):
             raise
         lines = str(error).strip().splitlines() or ["no reason given"]
@@ -121,7 +122,7 @@ def load_demucs(device: torch.device | str, without: str) -> Any:
 
 
 def melodies_of(conditioner: MelodyConditioner) -> Melodies:
-    """The melodies of recordings as a melody model takes them."""
+    """Return a reader of melodies in the format of a melody model."""
     chroma = conditioner.chroma
     settings = [conditioner.sample_rate, chroma.winlen, chroma.n_chroma, chroma.argmax]
     return Melodies(
@@ -140,9 +141,9 @@ def fill(
     rank: int = 0,
     processes: int = 1,
 ) -> None:
-    """Find the melodies that are not in the cache yet; then let go of demucs.
+    """Find the melodies that are not in the cache yet, then free demucs.
 
-    Errors: UserError if a recording can't be read, or demucs isn't there.
+    Raises: UserError if a recording can't be read or demucs is not available.
     """
 
     def find(track: Track) -> np.ndarray:
@@ -153,7 +154,7 @@ def fill(
 
 
 def _blocks(conditioner: MelodyConditioner, track: Track) -> Iterator[np.ndarray]:
-    """The chroma `[F, P]` of a whole recording, in blocks of bounded memory."""
+    """Yield the chroma `[F, P]` of a whole recording in blocks, so that memory is bounded."""
     rate, hop = conditioner.sample_rate, conditioner.chroma.winhop
     frames = 1 + int(track.duration_sec * rate) // hop
     block, margin = BLOCK_SEC * rate // hop, MARGIN_SEC * rate // hop

@@ -1,7 +1,7 @@
-"""Textual inversion: T5 gets one word more, and its vector is all that is trained.
+"""Textual inversion: T5 gets one new word, and only its vector is trained.
 
-The vector is an input embedding: T5, frozen, reads it in its context like any other word's.
-Source: Gal et al., An Image is Worth One Word (2022); the file is as diffusers writes it.
+The vector is an input embedding: the frozen T5 reads it in context like any other word's.
+Source: Gal et al., An Image is Worth One Word (2022); the file format is that of diffusers.
 
 Letters: B batch, L text tokens, D width of T5.
 """
@@ -19,11 +19,11 @@ import files
 from errors import UserError
 from musicgen.weights import portable
 
-LR_OF_SIZE = 0.05  # a usual learning rate, as a share of the size of T5's embeddings
+LR_SHARE = 0.05  # a usual learning rate, as a share of the size of T5's embeddings
 
 
 class NewWord(nn.Module):
-    """T5's input embedding, and the vector `[D]` (a parameter) of a word that it has not."""
+    """T5's input embedding with one new word, whose vector `[D]` is a parameter."""
 
     def __init__(self, embedding: nn.Module, word: str, token: int, vector: torch.Tensor) -> None:
         super().__init__()
@@ -38,12 +38,12 @@ class NewWord(nn.Module):
         return torch.where(is_word[..., None], self.vector, others)
 
     def usual_lr(self) -> float:
-        """Adam's step doesn't grow with the vector, and T5s differ: t5-base's numbers are large."""
-        return LR_OF_SIZE * float(next(self.embedding.parameters()).std())
+        """Return a rate that fits the size of T5's embeddings; Adam's steps don't adapt to it."""
+        return LR_SHARE * float(next(self.embedding.parameters()).std())
 
 
 class Embedding(NamedTuple):
-    """A file of `save`: the vector `[D]` of a word, and the model that it was trained with."""
+    """The content of a saved file: a word, its vector `[D]` and the model it was trained with."""
 
     word: str
     vector: torch.Tensor
@@ -51,12 +51,12 @@ class Embedding(NamedTuple):
 
 
 def mean_vector(conditioner: Any, text: str) -> torch.Tensor:
-    """The mean of T5's embeddings of a text's tokens, `[D]`. Errors: UserError."""
+    """Return the mean of T5's embeddings of a text's tokens, `[D]`. Raises: UserError."""
     tokenizer = conditioner.t5_tokenizer
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not tokens or tokenizer.unk_token_id in tokens:
         raise UserError(
-            f"--placeholder_init={text}: the text encoder does not know this; give an English word"
+            f"--placeholder_init={text}: the text encoder does not know it; give an English word"
         )
     embedding = conditioner.t5.get_input_embeddings()
     with torch.no_grad():
@@ -64,9 +64,9 @@ def mean_vector(conditioner: Any, text: str) -> torch.Tensor:
 
 
 def add(conditioner: Any, word: str, vector: torch.Tensor, flag: str) -> NewWord:
-    """Put a word with its vector `[D]` into a T5Conditioner, whose T5 is frozen.
+    """Add a word with vector `[D]` to a T5Conditioner, and freeze its T5.
 
-    `flag` is what asked for it. Errors: UserError if the word is no new one, or of another width.
+    `flag` is what asked for it. Raises: UserError if the word is not new or has another width.
     """
     t5, tokenizer = conditioner.t5, conditioner.t5_tokenizer
     tokens = tokenizer(word, add_special_tokens=False)["input_ids"]
@@ -74,10 +74,10 @@ def add(conditioner: Any, word: str, vector: torch.Tensor, flag: str) -> NewWord
         raise UserError(f"{flag}: the text encoder has the word {word} already; name it <{word}>")
     if vector.shape != (t5.config.d_model,):
         raise UserError(
-            f"{flag}: does not fit the model: {word} has {vector.numel()} numbers, a word of its "
-            f"text encoder {t5.config.d_model}; give the --model_id that it was trained on"
+            f"{flag}: does not fit the model: {word} has {vector.numel()} numbers, but its text "
+            f"encoder needs {t5.config.d_model}; give the --model_id that it was trained on"
         )
-    # As it is written, and not within another word.
+    # Matched as written, and not within another word.
     tokenizer.add_tokens(AddedToken(word, single_word=True, normalized=False))
     t5.requires_grad_(False)
     token = tokenizer.convert_tokens_to_ids(word)
@@ -88,12 +88,12 @@ def add(conditioner: Any, word: str, vector: torch.Tensor, flag: str) -> NewWord
 
 def save(path: Path, new: NewWord, dtype: str, model_id: str) -> None:
     state = portable({new.word: new.vector}, dtype)
-    # One entry: several are written in any order, and the same vector should give the same file.
+    # One metadata entry: several are written in random order, so the file would vary.
     files.write_bytes(path, to_bytes(state, {"model_id": model_id}))
 
 
 def read(path: str) -> Embedding:
-    """Errors: UserError if it is damaged, or is not one vector."""
+    """Read a saved word. Raises: UserError if the file is damaged or is not one vector."""
     try:
         with safe_open(path, framework="pt") as file:
             words = list(file.keys())
@@ -102,7 +102,7 @@ def read(path: str) -> Embedding:
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"--embedding={path}: can't be read ({type(error).__name__}: {error}); it is damaged, "
-            "or is not the learned_embeds.safetensors that run.py left"
+            "or is not a learned_embeds.safetensors that run.py wrote"
         ) from None
     if len(vectors) != 1 or vectors[0].ndim != 1 or not vectors[0].isfinite().all():
         raise UserError(f"--embedding={path}: is not the vector of one word")

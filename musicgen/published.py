@@ -1,6 +1,6 @@
-"""What is known of Meta's published MusicGen models: names, sizes and configs.
+"""Names, sizes and configs of Meta's published MusicGen models.
 
-Whoever loads a config sets its device and dtype.
+The code that loads a config sets its device and dtype.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ _MONO = (*SIZES, "melody", "melody-large")
 SHORT_NAMES = {
     name: f"facebook/musicgen-{name}" for name in (*_MONO, *(f"stereo-{name}" for name in _MONO))
 }
-REFUSED = {  # what is in the ids of models of another kind
+REFUSED = {  # by a part of the id of other kinds of models
     "musicgen-style": "audiocraft 1.3.0 has no style conditioner",
-    "magnet": "MAGNeT fills in masked codes in rounds, which is trained otherwise",
-    "jasco": "JASCO is no language model of codes, and audiocraft 1.3.0 has none",
+    "magnet": "MAGNeT fills in masked codes in rounds and needs another training",
+    "jasco": "JASCO is not a language model, and audiocraft 1.3.0 does not have it",
 }
 # The published small's; source: audiocraft's config/ (model/lm/musicgen_lm.yaml,
 # conditioner/text2music.yaml, model/encodec/encodec_large_nq4_s640.yaml and their defaults).
@@ -84,7 +84,7 @@ rvq: {
   orthogonal_reg_active_codes_only: false}
 no_quant: {}
 """
-# What melody models have instead; source: audiocraft's config/conditioner/chroma2music.yaml.
+# What differs in melody models; source: audiocraft's config/conditioner/chroma2music.yaml.
 MELODY = {
     "classifier_free_guidance": {"training_dropout": 0.2},
     "attribute_dropout": {"args": {"active_on_eval": False}, "text": {}, "wav": {"self_wav": 0.5}},
@@ -106,14 +106,14 @@ MELODY = {
         "description": {"t5": {"word_dropout": 0.2}},
     },
 }
-# What the stereo models' language models have instead: four codebooks for each channel.
+# What differs in stereo models: four codebooks for each channel.
 STEREO = {
     "channels": 2,
     "interleave_stereo_codebooks": {"use": True},
     "codebooks_pattern": {"delay": {"delays": [0, 0, 1, 1, 2, 2, 3, 3]}},
     "transformer_lm": {"n_q": 8},
 }
-# The text encoders, AudioGen's is the large one; source: their config.json on Hugging Face.
+# The text encoders; AudioGen has the large one. Source: their config.json on Hugging Face.
 T5: dict[str, dict[str, Any]] = {
     name: {
         **{"vocab_size": 32128, "d_kv": 64, "d_model": width, "d_ff": 4 * width},
@@ -124,7 +124,7 @@ T5: dict[str, dict[str, Any]] = {
 
 
 def lm_config(name: str) -> Any:
-    """The language model's config of a short name, such as "stereo-melody-large"."""
+    """Return the language model's config for a short name, such as "stereo-melody-large"."""
     *kind, last = name.split("-")
     dim, heads, layers = SIZES["medium" if last == "melody" else last]
     sizes = {"transformer_lm": {"dim": dim, "num_heads": heads, "num_layers": layers}}
@@ -132,7 +132,7 @@ def lm_config(name: str) -> Any:
 
 
 def family_config(sizes: dict[str, Any], *, stereo: bool = False, melody: bool = False) -> Any:
-    """A language model's config of any size."""
+    """Return a language model's config with the given sizes."""
     from omegaconf import OmegaConf
 
     config = OmegaConf.create(LM_CONFIG)

@@ -1,4 +1,4 @@
-"""A language model -> audio of any length, by rolling continuation; and wav files of it.
+"""Generate audio of any length by rolling continuation, and write wav files.
 
 Letters: B batch (variations), C channels, K codebooks, T token frames.
 """
@@ -22,7 +22,7 @@ OVERLAP_SEC = 12.0
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next code is chosen; the defaults are audiocraft's."""
+    """How the next code is chosen. The defaults are audiocraft's."""
 
     top_k: int = 250
     top_p: float = 0.0
@@ -31,7 +31,7 @@ class Sampling:
 
 
 def default_overlap_sec(model: Model) -> float:
-    """What each further window starts from if nobody says: 12 s, or half of a short window."""
+    """Return the default of --overlap: 12 s, or half of a short window."""
     return min(OVERLAP_SEC, model.max_duration / 2)
 
 
@@ -53,17 +53,16 @@ def generate(
     sampling: Sampling | None = None,
     on_frame: Callable[[], None] | None = None,
 ) -> torch.Tensor:
-    """Music for one prompt, `[B, C, samples]` on the CPU, B = variations.
+    """Generate music for one prompt: `[B, C, samples]` on the CPU, B = variations.
 
     Args:
-        overlap_sec: what each window after the first starts from, shorter than the window
-            (`model.max_duration`, 30 s for the published models).
-        opening: codes `[1, K, T]` to continue, not longer than the overlap; the result begins
+        overlap_sec: how much of the previous window each further one continues; shorter than the
+            window (`model.max_duration`, 30 s for the published models).
+        opening: codes `[1, K, T]` to continue, no longer than the overlap; the result begins
             with them.
-        melody: recording `[1, samples]` at the model's rate whose melody to follow, from the
-            start of the result and again from its own start when it ends; for melody models.
-        on_frame: called for each pattern step that was generated (about one a frame); it may
-            raise to stop.
+        melody: recording `[1, samples]` at the model's rate whose melody to follow, repeated if
+            it is too short; for melody models.
+        on_frame: called after each generated pattern step (about one a frame); may raise to stop.
     """
     options = sampling or Sampling()
     total = to_frames(model, duration_sec)
@@ -99,7 +98,7 @@ def generate(
 
 
 def _autocast(model: Model) -> torch.autocast:
-    """float16 on a GPU; elsewhere the format of the layers' matrices, if that is a short one."""
+    """Use float16 on a GPU; elsewhere the layers' format, if it is shorter than float32."""
     if model.device.type == "cuda":
         return torch.autocast("cuda", torch.float16)
     short = {p.dtype for p in model.lm.transformer.parameters()} - {torch.float32}
@@ -110,12 +109,12 @@ def _autocast(model: Model) -> torch.autocast:
 def _conditions(
     model: Model, prompt: str, melody: torch.Tensor | None, frame: int
 ) -> ConditioningAttributes:
-    """Those of the window that begins at a frame."""
+    """Return the conditions of the window that begins at a frame."""
     provider = model.lm.condition_provider
     (name,) = provider.text_conditions
     given = ConditioningAttributes(text={name: prompt})
     for wav_name in provider.wav_conditions:
-        wav, length = torch.zeros(1, 1, 1), 0  # audiocraft's form of no melody
+        wav, length = torch.zeros(1, 1, 1), 0  # how audiocraft writes "no melody"
         if melody is not None:
             length = round(model.max_duration * model.sample_rate)
             start = round(frame / model.frame_rate * model.sample_rate)
@@ -132,7 +131,7 @@ def _conditions(
 
 @torch.no_grad()
 def decode(model: Model, codes: torch.Tensor) -> torch.Tensor:
-    """codes `[B, K, T]` -> wav `[B, C, samples]` on the CPU, in pieces of bounded memory."""
+    """Decode codes `[B, K, T]` to wav `[B, C, samples]` on the CPU, piece by piece."""
     hop = round(model.sample_rate / model.frame_rate)  # samples in a frame
     step, margin = to_frames(model, DECODE_SEC), to_frames(model, DECODE_MARGIN_SEC)
     pieces = []
@@ -145,7 +144,7 @@ def decode(model: Model, codes: torch.Tensor) -> torch.Tensor:
 
 
 def write_wav(path: Path, wav: torch.Tensor, sample_rate: int) -> None:
-    """Write `[C, samples]` as 16 bit wav, all of it lowered if it would clip; then rename it."""
+    """Write `[C, samples]` as a 16-bit wav, turned down as a whole if it would clip."""
     peak = float(wav.abs().max())
     if peak > PEAK:
         wav = wav * (PEAK / peak)

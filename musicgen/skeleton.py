@@ -17,14 +17,14 @@ from musicgen.melody import MelodyConditioner
 
 
 class _Text(T5Conditioner):
-    """The part of a text conditioner that is trained; T5 itself runs before."""
+    """The trained part of a text conditioner; T5 itself runs before."""
 
     def __init__(self, width: int, output_dim: int) -> None:
         BaseConditioner.__init__(self, width, output_dim)
 
 
 class _Melody(MelodyConditioner):
-    """The part of a melody conditioner that is trained."""
+    """The trained part of a melody conditioner."""
 
     def __init__(self, cfg: Any, window_sec: float, output_dim: int) -> None:
         BaseConditioner.__init__(self, cfg.n_chroma, output_dim)
@@ -35,7 +35,7 @@ class _Melody(MelodyConditioner):
 
 
 def build_lm(cfg: Any, t5_cfg: Any, layers: int, layers_dtype: torch.dtype) -> LMModel:
-    """A language model of so many layers on the meta device, as `load` gives it."""
+    """Build a language model with `layers` layers on the meta device, like `load`'s."""
     sizes = builders.dict_from_config(cfg.transformer_lm) | {"num_layers": layers}
     sizes.pop("q_modeling", None)  # an older name for the pattern
     window_sec = cfg.dataset.segment_duration
@@ -60,7 +60,7 @@ def build_lm(cfg: Any, t5_cfg: Any, layers: int, layers_dtype: torch.dtype) -> L
 
 
 def build_encoder(codec_cfg: Any) -> tuple[Any, int, int]:
-    """EnCodec's encoder on the meta device, its channels, and samples in a token frame."""
+    """Build EnCodec's encoder on the meta device -> it, its channels, samples in a token frame."""
     here: Any = OmegaConf.merge(codec_cfg, {"device": "meta"})
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -69,9 +69,9 @@ def build_encoder(codec_cfg: Any) -> tuple[Any, int, int]:
 
 
 def make_fake(module: nn.Module, device: torch.device) -> None:
-    """In a FakeTensorMode: replace parameters and buffers by fake ones on a device.
+    """Replace parameters and buffers by fake ones on a device; `Module.to` can't.
 
-    `Module.to` can't do that.
+    Call it inside a FakeTensorMode.
     """
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -84,5 +84,5 @@ def make_fake(module: nn.Module, device: torch.device) -> None:
 
 
 def frame_rate(codec_cfg: Any) -> float:
-    """Token frames a second."""
+    """Return the token frames a second."""
     return codec_cfg.sample_rate / math.prod(codec_cfg.seanet.ratios)

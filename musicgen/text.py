@@ -7,9 +7,7 @@ import functools
 
 import torch
 from audiocraft.models.lm import LMModel
-from audiocraft.modules.conditioners import (
-    T5Conditioner,
-)
+from audiocraft.modules.conditioners import T5Conditioner
 from torch.nn import functional as F
 
 from musicgen import placeholder
@@ -18,19 +16,19 @@ from recordings import captions, wording
 
 
 def text_conditioner(lm: LMModel) -> T5Conditioner:
-    """The one text conditioner of a model that `load` has accepted."""
+    """Return the text conditioner of a model that `load` has accepted; it has one."""
     conditioners = lm.condition_provider.conditioners.values()
     return next(c for c in conditioners if isinstance(c, T5Conditioner))
 
 
 class TextEncoder:
-    """Captions -> T5's hidden states, computed once per distinct caption, in float32.
+    """Encodes captions with T5 in float32, each distinct one once.
 
     Each caption is encoded by itself, so that its embedding doesn't depend on its batch. The
-    empty caption is the null condition of classifier-free guidance: zeros, fully masked. (T5 on a
-    fully masked input is NaN in half precision, and NaN * 0 stays NaN.)
+    empty caption is the null condition of classifier-free guidance: zeros, fully masked. (In half
+    precision T5 turns a fully masked input into NaN, and NaN * 0 stays NaN.)
 
-    Captions with the new word change with its vector: they are computed each time, and with
+    Captions with the new word change with its vector, so they are encoded every time, with
     gradients if those are enabled.
     """
 
@@ -59,7 +57,7 @@ class TextEncoder:
     def __call__(
         self, captions: list[str], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states `[B, L, width of T5]`, zero-padded, and mask `[B, L]` (1 = text)."""
+        """Return hidden states `[B, L, width of T5]`, zero-padded, and mask `[B, L]` (1 = text)."""
         null = torch.zeros(0, self.conditioner.dim)
         hidden = [self._hidden(caption) if caption else null for caption in captions]
         length = max(1, *(len(h) for h in hidden))
@@ -67,6 +65,6 @@ class TextEncoder:
         mask = torch.tensor([[float(i < len(h)) for i in range(length)] for h in hidden])
         text = to_device(padded, device)
         if self.new_word and torch.is_grad_enabled():
-            # If no caption has it: a gradient of zero, which DDP waits for.
+            # DDP waits for its gradient, so give it one of zero if no caption has the word.
             text = text + 0 * self.new_word.vector.sum()
         return text, to_device(mask, device)

@@ -19,7 +19,7 @@ def save_tensors(path: Path, content: Any) -> None:
 
 
 def portable(state: Mapping[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
-    """A state dict as plain tensors on the CPU, in a number format of --save_dtype."""
+    """Return a state dict as plain tensors on the CPU, in a number format of --save_dtype."""
     return {
         name: tensor.detach().to("cpu", DTYPES[dtype] if tensor.is_floating_point() else None)
         for name, tensor in state.items()
@@ -27,13 +27,13 @@ def portable(state: Mapping[str, torch.Tensor], dtype: str) -> dict[str, torch.T
 
 
 def load_weights(lm: LMModel, path: str) -> None:
-    """Load an lm_*.pt into a model. Errors: UserError if it is damaged or of another model."""
+    """Load an lm_*.pt into a model. Raises: UserError if it is damaged or of another model."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no class for "this is not my file"
         raise UserError(
             f"--weights_path={path} can't be read as weights ({type(error).__name__}); give the "
-            "lm_final.pt or lm_<step>.pt that run.py left"
+            "lm_final.pt or lm_<step>.pt that run.py wrote"
         ) from None
     try:
         lm.load_state_dict(state)
@@ -46,6 +46,6 @@ def load_weights(lm: LMModel, path: str) -> None:
 
 
 def read_lm_state(model_id: str) -> dict[str, torch.Tensor]:
-    """The language model's weights as they are on disk, on the CPU. Errors: UserError."""
+    """Read the language model's original weights from disk, onto the CPU. Raises: UserError."""
     folder = find_model(model_id)
     return read_package(folder / WEIGHTS[0], model_id)["best_state"]

@@ -104,7 +104,7 @@ class LoraTuning(_Frozen):
             rank=config.lora_rank,
             alpha=config.lora_alpha or 2 * config.lora_rank,
             dropout=config.lora_dropout,
-            ends=config.lora_embeddings,
+            embeddings=config.lora_embeddings,
             base=portable_id(config.model_id),
         )
 

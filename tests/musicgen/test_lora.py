@@ -171,7 +171,7 @@ def test_scale_0_is_the_base_model_bitwise_and_scales_add_up(adapted):
 def test_embeddings_and_heads_if_asked(mono_folder):
     lm = plain(mono_folder)
     base = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
-    adapter = lora.attach(lm, rank=RANK, alpha=8, ends=True)
+    adapter = lora.attach(lm, rank=RANK, alpha=8, embeddings=True)
     optimizer = torch.optim.AdamW([p for p in lm.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):  # in the first, the embeddings' inner half has no gradient
         loss(lm).backward()
@@ -343,7 +343,7 @@ def test_export_merges_one_into_plain_weights(cli, adapted, tmp_path):
     [
         ({"lora": "nowhere"}, "--lora=nowhere: no such folder"),
         ({"lora_scale": "0.5"}, "--lora_scale does nothing without --lora"),
-        ({"lora": "{empty}"}, "no LoRA adapter: adapter_config.json and adapter_model.safetensors"),
+        ({"lora": "{empty}"}, "it has no adapter_config.json and no adapter_model.safetensors"),
         ({"lora": "{lora}", "lora_scale": "[1, 2]"}, "has 2 numbers for 1 adapters"),
         ({"lora": "{damaged}"}, "is damaged"),
         ({"lora": "{lora}", "model_id": "demo"}, "does not fit the model at transformer.layers.0"),
