@@ -8,7 +8,7 @@ from flags.parse import parse
 def main() -> None:
     with plain_errors("Close other programs, or merge on a machine with more memory."):
         config = parse(ExportConfig)
-        from commands.export import export  # torch and audiocraft, once the flags are good
+        from commands.export import export  # imports torch: only once the flags are good
 
         export(config)
 

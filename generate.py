@@ -10,7 +10,7 @@ OUT_OF_MEMORY = "Use less: fewer --variations; a shorter --overlap; a smaller --
 def main() -> None:
     with plain_errors(OUT_OF_MEMORY):
         config = parse(GenerateConfig)
-        from commands.generate import generate  # torch and audiocraft, once the flags are good
+        from commands.generate import generate  # imports torch: only once the flags are good
 
         generate(config)
 

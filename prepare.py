@@ -1,4 +1,4 @@
-"""A dataset before it is trained on: look at it, clean it, encode it, put it into shards."""
+"""Prepare a dataset for training: check it, clean it, encode it, put it into shards."""
 
 import sys
 
@@ -11,16 +11,16 @@ USAGE = """usage: python prepare.py check FOLDER [--flag=value ...]
        python prepare.py encode FOLDER OUT [--flag=value ...]
        python prepare.py shard FOLDER OUT [--flag=value ...]
 
-  check    what training would see, and what is wrong with it
-  clean    without vocals, cut at silences, equally loud: into a new folder
+  check    show what training would see, and what is wrong with it
+  clean    remove vocals, cut at silences, make equally loud: into a new folder
   encode   into files of tokens, for training without the recordings
-  shard    into WebDataset shards, plain tars, of recordings or of files of tokens
+  shard    into WebDataset shards (plain tars) of recordings or of files of tokens
 
-python prepare.py check --help lists the flags, and so on."""
+`python prepare.py check --help` lists the flags of check, and so on."""
 
 
 def main() -> None:
-    with plain_errors("Close other programs: the pictures and the sound of one block are small."):
+    with plain_errors("Close other programs: this needs little memory itself."):
         commands = {"check": _check, "clean": _clean, "encode": _encode, "shard": _shard}
         command = commands.get("".join(sys.argv[1:2]))
         if command is None:

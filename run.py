@@ -1,4 +1,4 @@
-"""Fine-tune MusicGen: `python run.py --dataset_path=FOLDER` leaves `models/lm_final.pt`."""
+"""Fine-tune MusicGen: `python run.py --dataset_path=FOLDER` writes `models/lm_final.pt`."""
 
 from errors import plain_errors
 from flags.parse import parse
@@ -8,14 +8,14 @@ OUT_OF_MEMORY = (
     "Use less, in this order: --grad_checkpointing=1; a smaller --batch_size with a larger "
     "--grad_acc (the same result); --optimizer=adamw_8bit; --optimizer=adamw_8bit_bf16; "
     "--lora_rank=16 --lr=1e-4 with --optimizer=adamw_8bit; a shorter --duration; a smaller "
-    "--model_id; --tune_text=1. --dry_run=1 tells how much they save."
+    "--model_id; --tune_text=1. --dry_run=1 shows how much each saves."
 )
 
 
 def main() -> None:
     with plain_errors(OUT_OF_MEMORY):
         config = parse(Config)
-        # torch and audiocraft are not imported before the flags are known to be good
+        # Torch and audiocraft are imported only once the flags are known to be good.
         if config.dry_run:
             from commands.dry_run import dry_run
 

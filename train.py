@@ -32,14 +32,15 @@ from training.stop import StopSignals, handled_by, say
 
 
 class NonFinite(UserError):
-    """The loss or the gradient is NaN or infinite; the weights are still those of before."""
+    """The loss or the gradient is NaN or infinite; the weights have not been changed."""
 
 
 def train(config: Config) -> None:
-    """Fine-tune as the flags say; writes only below `config.output_dir`.
+    """Fine-tune as the flags say; write only below `config.output_dir`.
 
-    Errors: UserError for what the user can mend. Every way out (Ctrl-C, SIGTERM, any exception)
-    leaves a resume state of the last whole step; a non-finite loss only if there is none yet.
+    Ctrl-C, SIGTERM and any exception leave a resume state of the last whole step; after a
+    non-finite loss, an existing one is kept.
+    Raises: UserError for what the user can fix.
     """
     run = start(config)
     if run.accelerator.is_main_process:
@@ -55,7 +56,7 @@ def train(config: Config) -> None:
         except BaseException as error:
             stop.is_saving = True
             if run.report and run.step > first_step:
-                _save_what_there_is(run, error)
+                _save_after_error(run, error)
             if isinstance(error, KeyboardInterrupt) or stop.requested:
                 if run.step == first_step:
                     say(run.accelerator, "stopped before a step was done: nothing new to save")
@@ -70,17 +71,17 @@ def train(config: Config) -> None:
     run.accelerator.end_training()
 
 
-def _save_what_there_is(run: Session, error: BaseException) -> None:
-    """After an error: the resume state of the last whole step, if the weights are of one."""
+def _save_after_error(run: Session, error: BaseException) -> None:
+    """Save the resume state of the last whole step after an error, if that is possible."""
     path = run.output / output.RESUME
     if not run.is_whole:
         say(run.accelerator, f"stopped while the weights were changing: {path} is left as it was")
     elif isinstance(error, NonFinite) and path.exists():
-        say(run.accelerator, f"{path} is left as it was")  # the newer state may be bad already
+        say(run.accelerator, f"{path} is left as it was")  # a newer state may already be bad
     else:
         say(run.accelerator, f"stopped after step {run.step} of {run.total}; saving {path}")
         save_resume(run)
-        say(run.accelerator, "saved: go on with the same flags and --resume=1 (not --overwrite)")
+        say(run.accelerator, "saved: continue with the same flags and --resume=1 (not --overwrite)")
 
 
 def _loop(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> None:
@@ -94,7 +95,7 @@ def _loop(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> None:
         began = time.perf_counter()
         row, stop_asked = _step(run, stop, batches)
         if run.report and run.config.overwrite and run.step == 1:
-            output.clear_weights(run.output)  # the run works: now they may go
+            output.clear_weights(run.output)  # now that the run works
 
         seconds.append(time.perf_counter() - began)
         if run.report:
@@ -107,19 +108,19 @@ def _loop(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> None:
 
 
 def _step(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> tuple[dict[str, Any], bool]:
-    """Take one optimizer step; returns its row for the log, and whether to stop after it.
+    """Take one optimizer step; return its row for the log, and whether to stop after it.
 
-    Errors: NonFinite, before the weights change.
+    Raises: NonFinite, before the weights change.
     """
     config, accelerator, rank = run.config, run.accelerator, run.accelerator.process_index
-    # All that is random in a step follows from its number, so there is no state to save.
+    # Everything random in a step follows from its number, so there is no state to save.
     torch.manual_seed(_seed(config.seed, run.step, rank))
     rate = learning_rate(config, run.step, run.total, run.warmup)
     set_learning_rate(run.optimizer, rate)
 
     micro_batches = [next(batches) for _ in run.plan.batches(run.step, rank)]
-    # Tokens of each codebook in the whole step, all processes: [K]. Needed before the first
-    # backward pass, so that micro-batches weigh by their tokens.
+    # Tokens of each codebook in the whole step and all processes, [K]: needed before the first
+    # backward pass, because micro-batches are weighted by their tokens.
     lengths = torch.cat([run.lengths(batch) for batch in micro_batches])
     counts = token_counts(run.model.lm, lengths, run.frames)
     counts = accelerator.reduce(to_device(counts, accelerator.device))
@@ -139,7 +140,7 @@ def _step(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> tuple[di
     _check_finite(codebooks, norm, losses, micro_batches, run)
 
     with run.update():
-        # adamw_8bit_bf16 rounds at random: alike in all processes, or their weights would part.
+        # adamw_8bit_bf16 rounds at random: the same way in all processes, or weights would diverge.
         torch.manual_seed(_seed(config.seed, run.step, 0, 1))
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
@@ -156,9 +157,9 @@ def _step(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> tuple[di
 
 
 def _backward(run: Session, batch: Batch, counts: torch.Tensor, *, is_last: bool) -> torch.Tensor:
-    """Add a micro-batch's gradients; returns its losses `[B, K]`. `counts` are the step's tokens.
+    """Add a micro-batch's gradients; return its losses `[B, K]`. `counts` are the step's tokens.
 
-    DDP sums the gradients of all processes in the last backward pass of a step only.
+    DDP sums the gradients of all processes only in the last backward pass of a step.
     """
     accelerator = run.accelerator
     inputs = run.inputs(batch)
@@ -173,7 +174,7 @@ def _backward(run: Session, batch: Batch, counts: torch.Tensor, *, is_last: bool
 def _do_what_is_due(run: Session, stop: StopSignals) -> None:
     """Validate, sample and save after `run.step` steps, as the flags ask.
 
-    A resumed run does again what was due at its step, to the same end.
+    A resumed run repeats what was due at its step, with the same result.
     """
     config, step, last = run.config, run.step, run.step == run.total
 
@@ -199,7 +200,7 @@ def _do_what_is_due(run: Session, stop: StopSignals) -> None:
                 run.tuning.save_final(run.model.lm, run.output)
     if saves or (run.report and last and config.save_step):
         save_resume(run, is_finished=last)
-    elif run.report and last:  # of an earlier, interrupted part of this run
+    elif run.report and last:  # left by an earlier, interrupted part of this run
         (run.output / output.RESUME).unlink(missing_ok=True)
 
 
@@ -210,7 +211,7 @@ def _check_finite(
     micro_batches: list[Batch],
     run: Session,
 ) -> None:
-    """Errors: NonFinite that names the clips, in every process alike."""
+    """Raise NonFinite that names the clips, the same in every process."""
     is_finite = all(map(math.isfinite, codebooks))
     if is_finite and math.isfinite(grad_norm):
         return
@@ -229,7 +230,7 @@ def _check_finite(
     raise NonFinite(
         f"{what} not finite at step {run.step + 1} of {run.total}; stopped before the weights "
         f"were changed. The clips it came from:\n{first_lines(names)}\n"
-        "Listen to them, and take out what is broken; if they are sound, go on with a lower --lr"
+        "Listen to them, and remove any that are broken; if none are, continue with a lower --lr"
         + or_exact
     )
 

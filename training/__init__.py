@@ -1,1 +1,1 @@
-"""One training run: what it needs, how it starts, what it leaves."""
+"""A training run: what it needs, how it starts, what it writes."""

@@ -12,7 +12,7 @@ from musicgen.device import choose_device
 
 
 def start_accelerator(config: Config) -> tuple[Accelerator, str, str]:
-    """The Accelerator for --device and --precision, the precision, and why that one."""
+    """Return the Accelerator for --device and --precision, the precision, and the reason for it."""
     device = choose_device(config.device).type
     has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision, why = config.precision, "as asked for"
@@ -23,18 +23,20 @@ def start_accelerator(config: Config) -> tuple[Accelerator, str, str]:
         precision, why = "fp32", f"on {device}, slow but exact"
     not_on_mps = {
         f"--optimizer={config.optimizer}": config.optimizer != "adamw",
-        "--lora_dropout": config.lora_dropout > 0,  # recomputed parts would drop other inputs
+        "--lora_dropout": config.lora_dropout > 0,  # recomputing would drop other inputs
     }
     for flag, is_asked in not_on_mps.items():
         if is_asked and device == "mps":
             raise UserError(f"{flag}: does not work on mps; leave it out")
     if precision == "fp16" and device != "cuda":
-        raise UserError(f"--precision=fp16 needs a CUDA GPU, this is {device}: use fp32 or bf16")
+        raise UserError(
+            f"--precision=fp16 needs a CUDA GPU, but this is {device}: use fp32 or bf16"
+        )
     if precision == "bf16" and device == "cuda" and not has_bf16:
-        raise UserError("--precision=bf16: this GPU has none: use auto, fp16 or fp32")
+        raise UserError("--precision=bf16: this GPU does not have it: use auto, fp16 or fp32")
     if config.optimizer == "adamw_8bit_bf16" and precision != "bf16":
         raise UserError(
-            f"--optimizer=adamw_8bit_bf16 needs bf16, and --precision=auto is {precision} here "
+            f"--optimizer=adamw_8bit_bf16 needs bf16, but --precision=auto is {precision} here "
             f"({why}): give --precision=bf16 if the device has it, or use --optimizer=adamw_8bit"
         )
     mixed = "no" if precision == "fp32" else precision

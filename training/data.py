@@ -1,4 +1,4 @@
-"""The dataset of a run: tracks, clips, tokens, melodies.
+"""A run's dataset: tracks, clips, tokens, melodies.
 
 Letters: T token frames.
 """
@@ -25,7 +25,7 @@ from recordings.wording import in_front
 
 
 def scan_dataset(config: Config) -> tuple[list[Track], list[Track]]:
-    """What is trained on, and what is held out. Errors: UserError that names what is unusable."""
+    """Return the training and held-out tracks. Raises: UserError naming unusable files."""
     tracks = _scan(config, config.dataset_path)
     held_out: list[Track] = []
     if config.valid_path:
@@ -35,8 +35,8 @@ def scan_dataset(config: Config) -> tuple[list[Track], list[Track]]:
     kinds = {bool(track.codec): track for track in tracks + held_out}
     if len(kinds) > 1:
         raise UserError(
-            f"{kinds[True].place} is a file of tokens, {kinds[False].place} is audio: train on "
-            "one kind, held-out recordings too; prepare.py encode makes tokens of audio"
+            f"{kinds[True].place} is a file of tokens, {kinds[False].place} is audio: give one "
+            "kind only, also for held-out recordings; prepare.py encode turns audio into tokens"
         )
     return tracks, held_out
 
@@ -49,14 +49,15 @@ def _scan(config: Config, folder: str) -> list[Track]:
 
 
 def in_front_of(config: Config) -> Callable[[str], str]:
+    """Return a function that puts --trigger and --placeholder in front of a caption."""
     return partial(in_front, config.trigger, config.placeholder)
 
 
 def crop_frames(config: Config, window_sec: float, frame_rate: float, tracks: list[Track]) -> int:
-    """T: --duration in token frames, but no more than the longest file has. Errors: UserError."""
+    """Return T: --duration in token frames, at most the longest file's. Raises: UserError."""
     if config.duration > window_sec:
         raise UserError(
-            f"--duration={config.duration:g}: {config.model_id} knows pieces of up to "
+            f"--duration={config.duration:g}: {config.model_id} takes clips of up to "
             f"{window_sec:g} s; give at most that"
         )
     longest = max(track.duration_sec for track in tracks)
@@ -66,7 +67,7 @@ def crop_frames(config: Config, window_sec: float, frame_rate: float, tracks: li
 def find_melodies(
     config: Config, model: Model, tracks: list[Track], accelerator: Accelerator
 ) -> Melodies | None:
-    """Those of all tracks, of which each process finds its share; None if none are wanted."""
+    """Find the melodies of all tracks, each process its share; None if none are wanted."""
     conditioner = melody_conditioner(model.lm)
     check_melody(config, conditioner is not None, tracks)
     if conditioner is None or config.drop_melody == 1:
@@ -77,11 +78,11 @@ def find_melodies(
 
 
 def check_melody(config: Config, has_melody: bool, tracks: list[Track]) -> None:
-    """Errors: UserError if the model takes no melodies, or the tracks are tokens and have none."""
+    """Raise UserError if --drop_melody or the tracks don't go with the model."""
     if has_melody and config.drop_melody < 1 and tracks[0].codec:
         raise UserError(
             f"{tracks[0].place}: melodies can't be found in tokens: train on the recordings, or on "
-            "captions alone with --drop_melody=1"
+            "captions only with --drop_melody=1"
         )
     if "drop_melody" in config.model_fields_set and not has_melody:
         raise UserError(
@@ -93,7 +94,7 @@ def check_melody(config: Config, has_melody: bool, tracks: list[Track]) -> None:
 def find_tokens(
     config: Config, model: Model, tracks: list[Track], accelerator: Accelerator
 ) -> Tokens | None:
-    """Those of all tracks, read or encoded, each process its share; None to encode the crops."""
+    """Read or encode all tracks' tokens, each process its share; None to encode each crop."""
     if not (config.cache_tokens or tracks[0].codec):
         return None
     tokens = codec.tokens_of(model)
@@ -106,7 +107,7 @@ def find_tokens(
 
 
 def _in_shares(prepare: Callable[..., None], accelerator: Accelerator) -> None:
-    """Each process prepares its share; then each machine what its own cache still lacks."""
+    """Let each process prepare its share, then each machine what its own cache still lacks."""
     prepare(rank=accelerator.process_index, processes=accelerator.num_processes)
     accelerator.wait_for_everyone()
     prepare()

@@ -9,8 +9,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class EMA:
     """Averages `parameters` in float32: average = decay * average + (1 - decay) * weights.
 
-    The decay starts low, min(decay, (1 + n) / (10 + n)) at update n, so that a short run's average
-    isn't mostly the base model.
+    Update n decays by min(decay, (1 + n) / (10 + n)), so that the average of a short run isn't
+    mostly the base model.
     """
 
     def __init__(self, parameters: list[torch.Tensor], decay: float) -> None:
@@ -27,7 +27,7 @@ class EMA:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the weights and their averages; a second time puts them back, bitwise."""
+        """Exchange the weights and their averages; a second call restores both, bitwise."""
         for average, parameter in zip(self.average, self.parameters, strict=True):
             kept = parameter.clone()
             parameter.copy_(average)

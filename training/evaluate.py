@@ -1,4 +1,4 @@
-"""What a model is worth: validation loss, and samples to listen to."""
+"""How good a model is: validation loss, and samples to listen to."""
 
 import contextlib
 import math
@@ -20,7 +20,7 @@ from training.session import Session
 
 @contextlib.contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients inside the block; in training mode after it."""
+    """Turn off dropout and gradients inside the block; set training mode after it."""
     module.eval()
     try:
         with torch.no_grad():
@@ -30,9 +30,9 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 def validate(session: Session, on_batch: Callable[[], None]) -> dict[str, Any]:
-    """Cross entropy and perplexity on the held-out clips, over all their tokens.
+    """Return cross entropy and perplexity over all tokens of the held-out clips.
 
-    `on_batch` is called between batches, and may raise to stop.
+    `on_batch` is called before each batch, and may raise to stop.
     """
     accelerator, lm = session.accelerator, session.model.lm
     loss_module = TokenLoss(lm)
@@ -69,9 +69,9 @@ def _perplexity(loss: float) -> float:
 
 
 def write_samples(session: Session, on_frame: Callable[[], None]) -> Iterator[tuple[Path, str]]:
-    """Generate the prompts with the fixed seed; yields each wav file's path and prompt.
+    """Generate each prompt with the fixed seed; yield each wav file's path and prompt.
 
-    `on_frame` is called between frames, and may raise to stop.
+    `on_frame` is called after each frame, and may raise to stop.
     """
     config, model = session.config, session.model
     move(model, "decoder", model.device)

@@ -1,4 +1,4 @@
-"""What a person wants to know before the first step."""
+"""The facts that are printed before the first step."""
 
 from collections import Counter
 
@@ -10,7 +10,7 @@ from training.session import Session
 
 
 def facts_of(session: Session) -> dict[str, str]:
-    """What a person wants to know before the first step, a line each."""
+    """Return what a person wants to know before the first step, by name, a line each."""
     config, plan = session.config, session.plan
     tracks, held_out = session.clips.tracks, session.held_out.tracks
     epochs = session.total / plan.steps_per_epoch

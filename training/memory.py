@@ -1,7 +1,7 @@
-"""What a run needs of the device's memory, by part, before anything is loaded or trained.
+"""Estimate the device memory that a run needs, by part, before anything is loaded or trained.
 
-The training step runs on fake tensors, which have shapes and formats but no values, while what they
-would take is counted. That needs no GPU, no weights and a few seconds.
+A training step runs on fake tensors, which have shapes and formats but no values, and the memory
+that they would take is counted. That needs no GPU, no weights and a few seconds.
 
 Letters: B batch, K codebooks, S pattern steps, T token frames.
 """
@@ -29,42 +29,43 @@ from training.tuning import tuning_of
 Configs = tuple[Any, Any, Any]  # configs of language model, codec and text encoder
 CPU = torch.device("cpu")
 CAPTION_TOKENS = 32
-FEW_LAYERS = (2, 3)  # measured; from there on each layer adds the same
+FEW_LAYERS = (2, 3)  # measured; each further layer adds the same
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes on the device, and how many parameters there are."""
+    """The bytes that a run needs on the device, and its parameters."""
 
     parameters: int
     trained: int
     weights: int
     gradients: int
     optimizer: int
-    activations: int  # of the language model: what the backward pass needs, at its peak
+    activations: int  # of the language model, at their peak
     encoders: int  # T5 and EnCodec
-    encoding: int  # EnCodec's activations, gone before the language model's turn
-    beforehand: int  # EnCodec and its activations with --cache_tokens, gone before the first step
-    accumulates: bool  # gradients are there from an earlier batch while activations pile up
+    encoding: int  # EnCodec's activations, freed before the language model runs
+    beforehand: int  # EnCodec with --cache_tokens, freed before the first step
+    accumulates: bool  # an earlier batch's gradients are there while activations build up
 
     @property
     def language_model_peak(self) -> int:
-        """Without what text encoder and codec take."""
+        """Bytes at the peak, without text encoder and codec."""
         grown = self.activations + self.gradients
-        if not self.accumulates:  # gradients come as activations go
+        if not self.accumulates:  # gradients replace activations
             grown = max(self.activations, self.gradients)
         return self.weights + self.optimizer + grown
 
     @property
     def peak(self) -> int:
+        """Bytes at the peak of the whole run."""
         gradients = self.gradients if self.accumulates else 0
         while_encoding = self.weights + self.optimizer + gradients + self.encoding
         before = self.weights + self.beforehand
         return self.encoders + max(self.language_model_peak, while_encoding, before)
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside that are still alive, and their peak."""
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all live tensors that were made inside, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class _Live(TorchDispatchMode):
         return result
 
     def ignore(self, *tensors: torch.Tensor) -> None:
-        """Tensors from outside, so that views of them are not counted."""
+        """Leave out tensors from outside, and views of them."""
         for tensor in tensors:
             self._seen[id(tensor.untyped_storage())] = weakref.ref(tensor.untyped_storage())
 
@@ -102,10 +103,10 @@ class _Live(TorchDispatchMode):
 def estimate(
     config: Config, model: Configs, frames: int, dtype: torch.dtype, *, encodes: bool = True
 ) -> Need:
-    """What training takes with these flags; `model` is what `configs` gives.
+    """Estimate what training needs with these flags; `model` is the result of `configs`.
 
-    `frames` is T, `dtype` the number format that the forward pass runs in; files of tokens are not
-    encoded.
+    `frames` is T, `dtype` the number format of the forward pass; `encodes` is False for files of
+    tokens.
     """
     lm_cfg, codec_cfg, t5_cfg = model
     few, more = (_measure(config, model, layers, frames, dtype) for layers in FEW_LAYERS)
@@ -136,18 +137,18 @@ def estimate(
 
 
 class _Measured(NamedTuple):
-    """Of one language model, in bytes from `weights` on."""
+    """Numbers for one language model, in bytes from `weights` on."""
 
     parameters: int
     trained: int
     weights: int
     gradients: int
-    forward: int  # the peak until the loss is there, beside gradients and optimizer state
-    backward: int  # and from there on: with recomputed layers that may be the higher one
+    forward: int  # activations at their peak up to the loss
+    backward: int  # and after it, which may be more if layers are recomputed
 
 
 def language_model(config: Config, model: Configs, layers: int, dtype: torch.dtype) -> Any:
-    """A language model of so many layers on the meta device, set up as for training."""
+    """Build a language model on the meta device, set up for training."""
     cfg, _, t5_cfg = model
     tuning = tuning_of(config)
     lm = build_lm(cfg, t5_cfg, layers, tuning.layers_dtype(dtype))
@@ -171,11 +172,11 @@ def _measure(
                 parameter.grad = torch.empty_like(parameter)
         sequence = torch.empty(B, lm.num_codebooks, frames + 1, dtype=torch.long)
         text, mask = torch.empty(B, CAPTION_TOKENS, width), torch.empty(B, CAPTION_TOKENS)
-        if config.placeholder:  # the way to it is through the text
+        if config.placeholder:  # its gradient comes through the text
             text.requires_grad = True
             trained += width
             gradients += 4 * width
-        live = _Live()
+        live = _LiveBytes()
         live.ignore(*lm.parameters(), *(p.grad for p in lm.parameters() if p.grad is not None))
         with live:
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -190,16 +191,16 @@ def _measure(
 @functools.lru_cache
 @torch.no_grad()
 def _codec(cfg: str, batch_size: int, frames: int) -> tuple[int, int]:
-    """Bytes of EnCodec's encoder, and those that a batch takes on its way through it.
+    """Return the bytes of EnCodec's encoder, and those that encoding a batch needs.
 
-    Of stereo clips the channels are encoded one after the other.
+    A stereo clip's channels are encoded one after the other.
     """
     encoder, channels, hop = build_encoder(OmegaConf.create(cfg))
     weights = bytes_of(encoder.parameters())
     with FakeTensorMode():
         make_fake(encoder, CPU)
         wav = torch.empty(batch_size, channels, frames * hop)
-        live = _Live()
+        live = _LiveBytes()
         live.ignore(*encoder.parameters())
         with live:
             encoder(wav)

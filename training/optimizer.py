@@ -1,4 +1,4 @@
-"""AdamW, with moments of 32 or 8 bits."""
+"""AdamW with moments of 32 or 8 bits, and its learning rate."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ BETAS = (0.9, 0.95)
 
 
 def make_optimizer(config: Config, trained: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW without decay on biases and norms (all that are vectors)."""
+    """Return AdamW without weight decay on vectors: biases and norms."""
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained.values() if p.ndim >= 2]},
         {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
@@ -41,7 +41,7 @@ def make_optimizer(config: Config, trained: dict[str, nn.Parameter]) -> torch.op
 def _stochastically_rounding(
     groups: list[dict[str, Any]], how: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """AdamW with 8 bit moments whose updates reach bf16 weights: small ones now and then."""
+    """Return AdamW with 8-bit moments that rounds at random, so that bf16 weights can move."""
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
@@ -61,7 +61,7 @@ def _stochastically_rounding(
                     return super().step(closure)
             except TorchDynamoException as error:
                 raise UserError(
-                    "--optimizer=adamw_8bit_bf16 is compiled, and that does not work here "
+                    "--optimizer=adamw_8bit_bf16 has to be compiled, which fails here "
                     f"({' '.join(str(error).split())[:300]}): install triton and a C "
                     "compiler, or use --optimizer=adamw_8bit"
                 ) from error
@@ -70,12 +70,12 @@ def _stochastically_rounding(
 
 
 def warmup_steps(config: Config, total: int) -> int:
-    """Return the steps of warm-up of a run of `total` steps; in a short run a tenth of them."""
+    """Return the warm-up of a run of `total` steps; a tenth of them if it would not fit."""
     return config.warmup_steps if config.warmup_steps < total else total // 10
 
 
 def learning_rate(config: Config, step: int, total: int, warmup: int) -> float:
-    """Of step `step` (from 0) of `total`: linear warm-up, then as --lr_scheduler says."""
+    """Return step `step`'s rate (from 0): linear warm-up, then as --lr_scheduler says."""
     if step < warmup:
         return config.lr * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)  # 0 <= done < 1
@@ -88,14 +88,14 @@ def learning_rate(config: Config, step: int, total: int, warmup: int) -> float:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     for group in optimizer.param_groups:
-        if torch.is_tensor(group["lr"]):  # torchao's: another number would be compiled anew
+        if torch.is_tensor(group["lr"]):  # torchao's: a new number would make it compile again
             group["lr"].fill_(value)
         else:
             group["lr"] = value
 
 
 def moments_bytes(config: Config, parameters: int) -> int:
-    """What the optimizer keeps of so many parameters."""
+    """Return the bytes that the optimizer keeps for so many parameters."""
     if config.optimizer != "adamw":
-        return 2 * parameters + parameters // 32  # and two scales in float32 for each 256
+        return 2 * parameters + parameters // 32  # plus two float32 scales for each 256
     return 8 * parameters

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder."""
+"""The files that a run writes to its folder."""
 
 import re
 import shutil
@@ -20,12 +20,15 @@ GIB = 1024**3
 
 
 def checkpoint_path(final: Path, step: int) -> Path:
-    """Example: lm_final.pt -> lm_20.pt, learned_embeds.safetensors -> learned_embeds_20..."""
+    """Return the path of a checkpoint.
+
+    Example: lm_final.pt -> lm_20.pt; learned_embeds.safetensors -> learned_embeds_20.safetensors
+    """
     return final.with_stem(f"{final.stem.removesuffix('_final')}_{step}")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The lm_<step>.pt and learned_embeds_<step>.safetensors of a folder, oldest first."""
+    """List a folder's lm_<step>.pt and learned_embeds_<step>.safetensors, oldest first."""
     names = re.compile(r"lm_(\d+)\.pt|learned_embeds_(\d+)\.safetensors")
     found = [(names.fullmatch(path.name), path) for path in folder.glob("*_*.*")]
     return [path for _, path in sorted((int(m[1] or m[2]), path) for m, path in found if m)]
@@ -39,13 +42,15 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse to start over an earlier run's weights. Removes nothing."""
+    """Raise UserError if an earlier run's weights are in the way. Removes nothing."""
     files.check_writable(folder, "--output_dir")
     if (folder / LORA).is_file():
-        raise UserError(f"{folder / LORA}: is a file; move it away, a folder goes there")
+        raise UserError(
+            f"{folder / LORA}: is a file; move it away, a folder of that name is needed"
+        )
     made = weights(folder)
     if made and not resume and not overwrite:
-        go_on = ", --resume=1 to go on with it" if (folder / RESUME) in made else ""
+        go_on = ", --resume=1 to continue it" if (folder / RESUME) in made else ""
         names = ", ".join(path.relative_to(folder).as_posix() for path in made[:5])
         raise UserError(
             f"--output_dir={folder} holds an earlier run ({names}): give another --output_dir"
@@ -54,7 +59,7 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def weights(folder: Path) -> list[Path]:
-    """The files of a run that took time to make."""
+    """List a run's files that took time to make."""
     final = [folder / name for name in (FINAL, EMBEDDING, RESUME)]
     final += [folder / LORA / name for name in LORA_FILES]
     return checkpoints(folder) + [path for path in final if path.exists()]
@@ -72,7 +77,7 @@ def clear_samples(folder: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what a killed run may have left half written."""
+    """Remove the half-written files of a run that was killed."""
     weights = r"lm_\w+\.pt|learned_embeds\w*\.safetensors|resume\.pt"
     left = {
         folder: rf"{weights}|run\.json|metrics\.jsonl|training\.png",
@@ -85,13 +90,13 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def check_space(folder: Path, needed: int, *, replacing: bool) -> None:
-    """Errors: UserError when `needed` bytes are not free, or taken by what will be replaced."""
+    """Raise UserError if the disk lacks `needed` bytes; replaced files count as free."""
     free = shutil.disk_usage(folder).free
     if replacing:
         free += sum(path.stat().st_size for path in weights(folder))
     if free < needed:
         raise UserError(
-            f"--output_dir={folder}: this run's checkpoints need {needed / GIB:.1f} GiB and "
+            f"--output_dir={folder}: this run's checkpoints need {needed / GIB:.1f} GiB, but "
             f"{free / GIB:.1f} GiB are free; make room, or use --save_dtype=fp16, a small "
             "--keep_checkpoints, or another --output_dir"
         )

@@ -26,8 +26,8 @@ class Plan:
     Example: 9 files, batches of 4, grad_acc 2, one process: steps of 5 and 4 clips.
 
     Args:
-        is_even: False = as versions before this cut an epoch: full steps, and what is left in the
-            last one (8 and 1 in the example). A run that began so goes on so.
+        is_even: False = as earlier versions cut an epoch: full steps, the rest in the last one
+            (8 and 1 in the example). A run that began this way continues this way.
     """
 
     files: int
@@ -61,7 +61,7 @@ class Plan:
         return min(by_epochs, self.max_steps or by_epochs)
 
     def step(self, step: int) -> list[Pick]:
-        """All processes' clips of optimizer step `step` (from 0)."""
+        """Return all processes' clips of optimizer step `step` (from 0)."""
         epoch, part = divmod(step, self.steps_per_epoch)
         order = _order(self.seed, epoch, self.files)
         start = part * self.clips_per_step
@@ -73,11 +73,11 @@ class Plan:
         return [Pick(epoch, int(index)) for index in order[start:stop]]
 
     def batches(self, step: int, rank: int = 0) -> list[list[Pick]]:
-        """Step `step`'s micro-batches for process `rank`: equally many in every process."""
+        """Return a step's micro-batches for process `rank`; all processes get equally many."""
         return _share(self.step(step), self.batch_size, rank, self.processes)
 
 
-@functools.lru_cache(maxsize=2)  # the loader is ahead of the loop; 1,000,000 files take 30 ms
+@functools.lru_cache(maxsize=2)  # 2: the loader is ahead of the loop; 1,000,000 files take 30 ms
 def _order(seed: int, epoch: int, files: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(files)
 
@@ -92,7 +92,7 @@ def _share(picks: list[Pick], batch_size: int, rank: int, processes: int) -> lis
 def train_batches(
     clips: Clips, plan: Plan, *, start: int, rank: int, workers: int
 ) -> Generator[Batch, None, None]:
-    """Micro-batches of steps start, start + 1, ... of a plan, in order, for one process."""
+    """Yield one process's micro-batches of steps start, start + 1, ... of a plan, in order."""
     steps = range(start, plan.total_steps)
     picks = (batch for step in steps for batch in plan.batches(step, rank))
     return _read(clips, picks, workers)
@@ -101,13 +101,13 @@ def train_batches(
 def held_out_batches(
     clips: Clips, batch_size: int, *, rank: int, processes: int, workers: int
 ) -> Generator[Batch, None, None]:
-    """Every track's crop of epoch 0, always the same one, shared among the processes."""
+    """Yield every track's crop of epoch 0, always the same one; each process gets a share."""
     picks = [Pick(0, index) for index in range(len(clips))]
     return _read(clips, _share(picks, batch_size, rank, processes), workers)
 
 
 def _read(clips: Clips, picks: Iterable[list[Pick]], workers: int) -> Generator[Batch, None, None]:
-    """Close it: the workers live until then, and the program can't end before them."""
+    """Yield batches. Close it: the workers live until then and keep the program from ending."""
     loader = DataLoader(
         clips,
         batch_sampler=picks,
@@ -115,7 +115,7 @@ def _read(clips: Clips, picks: Iterable[list[Pick]], workers: int) -> Generator[
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_parent,
-        generator=torch.Generator(),  # else it draws from the generator that dropout uses
+        generator=torch.Generator(),  # the default would be the generator that dropout uses
     )
     try:
         for batch in loader:
@@ -127,7 +127,7 @@ def _read(clips: Clips, picks: Iterable[list[Pick]], workers: int) -> Generator[
             raise
         raise UserError(
             "the processes that read audio have no shared memory left: use --num_workers=0, or "
-            "give a container more (docker run --shm-size=2g)"
+            "give the container more (docker run --shm-size=2g)"
         ) from error
 
 

@@ -15,16 +15,16 @@ from flags.run import Config
 from training.output import METRICS, PICTURE
 
 DRAW_EVERY_SEC = 30.0
-DRAW_SHARE = 0.01  # of the time, at the most, goes into pictures
+DRAW_SHARE = 0.01  # of the time, at most, is spent on pictures
 
 
 class Report:
-    """Of one run, kept by its first process. A row is a dict with `step`; None values are left out.
+    """The report of a run, kept by its first process. A row is a dict with the key `step`.
 
     Args:
-        last_step: rows beyond this one are of a run that was stopped later than its resume state;
-            they are dropped, and come again. None = nothing is kept.
-        wandb_run: what `start_wandb` gave, if wandb is asked for.
+        last_step: drop the rows after this step, which a run made after its last resume state;
+            they will be made again. None = keep nothing.
+        wandb_run: the result of `start_wandb`, if --use_wandb is set.
     """
 
     def __init__(self, folder: Path, last_step: int | None, wandb_run: Any = None) -> None:
@@ -44,7 +44,7 @@ class Report:
         return self._wandb.id if self._wandb else None
 
     def log(self, row: dict[str, Any], line: str) -> None:
-        """One row: to the screen, to metrics.jsonl and to wandb."""
+        """Write a row to the screen, to metrics.jsonl and to wandb."""
         print(line, flush=True)
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
@@ -63,7 +63,7 @@ class Report:
             self._wandb.log({f"samples/{path.stem.split('_', 2)[-1]}": audio}, step=step)
 
     def draw(self) -> None:
-        """Bring training.png up to date. That it can't be written is said, and no more."""
+        """Update training.png; only warn if it can't be written."""
         start = time.monotonic()
         figure = plot(self.rows)
         try:
@@ -82,7 +82,7 @@ class Report:
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """Without `step`, and with a key for each codebook: wandb draws no lists."""
+    """Return a row without `step` and with a key for each codebook: wandb draws no lists."""
     flat: dict[str, Any] = {}
     for key, value in row.items():
         if isinstance(value, list):
@@ -93,7 +93,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that was cut off by a kill is left out."""
+    """Read the rows of a metrics.jsonl, except a last line that a kill cut off."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -105,12 +105,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_before(row: dict[str, Any], step: int) -> bool:
-    """Whether a row is not made again by a run that goes on after `step` steps."""
+    """Return whether a run resumed after `step` steps will not make this row again."""
     return row["step"] <= step if "loss" in row else row["step"] < step
 
 
 def plot(rows: list[dict[str, Any]]) -> Figure:
-    """Losses above, learning rate below, over steps."""
+    """Plot losses above and the learning rate below, over steps."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     trained = [row for row in rows if "loss" in row]
@@ -143,7 +143,7 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
 
 
 def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average that starts at the first value."""
+    """Return the exponential moving average, starting at the first value."""
     out: list[float] = []
     for n, value in enumerate(values):
         w = min(weight, n / (n + 1))
@@ -152,8 +152,8 @@ def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
 
 
 def start_wandb(config: Config, facts: dict[str, Any], run_id: str | None) -> Any:
-    """A wandb run, or the one with `run_id` again. Errors: UserError if wandb can't start."""
-    import wandb  # only when asked for: it starts a process and wants an account
+    """Start a wandb run or continue `run_id`. Raises: UserError if wandb can't start."""
+    import wandb  # only if asked for: it starts a process and wants an account
 
     try:
         return wandb.init(
@@ -172,7 +172,7 @@ def start_wandb(config: Config, facts: dict[str, Any], run_id: str | None) -> An
 
 
 def format_seconds(seconds: float) -> str:
-    """Example: 3725 -> '1:02:05'."""
+    """Format a duration. Example: 3725 -> '1:02:05'."""
     minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"

@@ -1,4 +1,4 @@
-"""The state that a stopped run goes on from: written, read, taken over."""
+"""The state that a stopped run resumes from: save, load and restore it."""
 
 import hashlib
 import json
@@ -19,11 +19,11 @@ from training.optimizer import warmup_steps
 from training.output import RESUME
 from training.session import Session
 
-# What may differ when a run is resumed (batch_size and grad_acc: if their product is the same);
-# every other flag shapes the training.
+# Flags that may differ when a run is resumed (batch_size and grad_acc with the same product);
+# all others shape the training.
 FREE_TO_CHANGE = {
     *("dataset_path", "batch_size", "grad_acc", "epochs", "max_steps", "output_dir", "resume"),
-    *("lr", "precision", "max_grad_norm"),  # the cures of a loss that is not finite
+    *("lr", "precision", "max_grad_norm"),  # remedies for a loss that is not finite
     *("overwrite", "device", "grad_checkpointing", "num_workers", "valid_path", "valid_split"),
     *("dry_run", "valid_step", "sample_step", "sample_prompts", "sample_duration", "save_step"),
     *("keep_checkpoints", "save_dtype", "use_wandb", "wandb_project", "wandb_name"),
@@ -33,11 +33,11 @@ CONSTANTS = {"drop_desc_p": DROP_P, "drop_other_p": DROP_P, "lora_rslora": False
 
 
 def save_resume(session: Session, *, is_finished: bool = False) -> None:
-    """Write what `--resume=1` needs. Random states are none: they follow from the step."""
+    """Write what `--resume=1` needs. No random state: that follows from the step."""
     scaler = session.accelerator.scaler
     state = {
         "step": session.step,
-        "is_finished": is_finished,  # the final file is of this step
+        "is_finished": is_finished,  # the final file is written
         "config": session.config.model_dump(),
         "clips_per_step": session.plan.clips_per_step,
         "is_even": session.plan.is_even,
@@ -53,15 +53,15 @@ def save_resume(session: Session, *, is_finished: bool = False) -> None:
 
 
 def load_resume(folder: Path) -> dict[str, Any]:
-    """Read a run's resume state. Errors: UserError if there is none, or it can't be read."""
+    """Read a run's resume state. Raises: UserError if there is none or it can't be read."""
     path = folder / RESUME
     if not path.exists():
         raise UserError(
-            f"--resume=1: there is no {path} to go on from; leave out --resume to start a run"
+            f"--resume=1: there is no {path} to resume from; leave out --resume to start a run"
         )
     try:
         if any("torchao" in name for name in get_unsafe_globals_in_checkpoint(path)):
-            import torchao.optim  # noqa: F401  (its moments may be loaded then)
+            import torchao.optim  # noqa: F401  (lets torch load its moments)
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise UserError(
@@ -70,12 +70,12 @@ def load_resume(folder: Path) -> dict[str, Any]:
     except Exception as error:  # torch.load has no class for "this is not my file"
         raise UserError(
             f"{path} can't be read ({type(error).__name__}): it is damaged; "
-            "--overwrite=1 starts anew"
+            "--overwrite=1 starts the run again"
         ) from None
 
 
 def restore(session: Session, state: dict[str, Any]) -> None:
-    """Take over a resume state. Errors: UserError if it is of another run than the flags'."""
+    """Restore a resume state. Raises: UserError if it belongs to a run with other flags."""
     _check_same_run(session, state)
     with torch.no_grad():
         for name, parameter in session.trained.items():
@@ -88,7 +88,7 @@ def restore(session: Session, state: dict[str, Any]) -> None:
     session.step = state["step"]
     old = Config.model_construct(**state["config"])
     began_as = replace(session.plan, epochs=old.epochs, max_steps=old.max_steps)
-    # States of earlier versions have neither.
+    # Earlier versions saved neither of these.
     session.plan = replace(session.plan, is_even=state.get("is_even", False))
     session.warmup = state.get("warmup", warmup_steps(old, began_as.total_steps))
     session.wandb_id = state["wandb_id"]
@@ -114,9 +114,9 @@ def _check_same_run(session: Session, state: dict[str, Any]) -> None:
     ]
     if changes:
         raise UserError(
-            "--resume=1 goes on with the run in "
-            f"{session.output}, but this has changed: {'; '.join(changes)}.\nPut it back, or "
-            "start anew with another --output_dir or --overwrite=1"
+            "--resume=1 continues the run in "
+            f"{session.output}, but this has changed: {'; '.join(changes)}.\nChange it back, or "
+            "start a new run with another --output_dir or --overwrite=1"
         )
     total = session.total
     if state["step"] > total or (state["step"] == total and state["is_finished"]):
@@ -127,7 +127,7 @@ def _check_same_run(session: Session, state: dict[str, Any]) -> None:
 
 
 def _describe(session: Session, state: dict[str, Any]) -> str:
-    """Say from where a run goes on, and what is not as it was."""
+    """Say where a run resumes, and what has changed."""
     old, new = state["config"], session.config.model_dump()
     changed = [
         f"--{name} is {new[name]}, was {old[name]}"
@@ -140,7 +140,7 @@ def _describe(session: Session, state: dict[str, Any]) -> str:
 
 
 def fingerprint(tracks: Iterable[Track]) -> str:
-    """Of what a run trains on: names, lengths and captions, with the fields that some have."""
+    """Return a hash of the training data: names, lengths, captions and their fields."""
     facts = [
         (t.name, t.sample_rate, t.frames, t.caption)
         + ((t.written.description, *t.written.fields) if t.written and t.written.fields else ())

@@ -1,4 +1,4 @@
-"""All that the training loop works with.
+"""Everything that the training loop works with.
 
 Letters: B batch, C channels, K codebooks, T token frames, L text tokens, F chroma frames,
 P pitch classes.
@@ -28,15 +28,15 @@ from training.tuning import Tuning
 
 @dataclass
 class Session:
-    """Everything that the training loop works with. `step` optimizer steps are done.
+    """Everything that the training loop works with, after `step` optimizer steps.
 
-    `module` is the TokenLoss as Accelerate wraps it; `trained` are the parameters that learn.
-    `report` is None in all but the first process.
+    `module` is the TokenLoss wrapped by Accelerate; `trained` holds the parameters that learn.
+    `report` is None except in the first process.
     """
 
     config: Config
     accelerator: Accelerator
-    precision: str  # and why that one
+    precision: str  # and the reason for it
     model: Model
     tuning: Tuning
     text_encoder: TextEncoder
@@ -51,14 +51,14 @@ class Session:
     warmup: int
     prompts: list[str]
     step: int = 0
-    resumed: str | None = None  # from where a resumed run goes on
-    is_whole: bool = True  # False inside an update: the weights are of no step then
+    resumed: str | None = None  # where a resumed run continues
+    is_whole: bool = True  # False during an update: the weights belong to no step
     report: Report | None = None
     wandb_id: str | None = None
 
     @contextlib.contextmanager
     def update(self) -> Iterator[None]:
-        """Around the change of the weights; counts the step."""
+        """Mark the change of the weights inside the block; count the step."""
         self.is_whole = False
         yield
         self.step += 1
@@ -66,7 +66,7 @@ class Session:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """The weights that are saved and judged: the EMA's inside the block, if there is one."""
+        """Put the EMA's weights, if there are any, into the model inside the block."""
         if self.ema is None:
             yield
             return
@@ -84,7 +84,7 @@ class Session:
 
     @property
     def final(self) -> Path:
-        """The file that a finished run leaves."""
+        """The file that a finished run writes."""
         return self.output / self.tuning.final
 
     @property
@@ -102,11 +102,11 @@ class Session:
         return min(4, os.cpu_count() or 1, len(self.clips))
 
     def lengths(self, batch: Batch) -> torch.Tensor:
-        """Whole token frames of each clip `[B]`; a frame that is part padding is not trained on."""
+        """Return each clip's unpadded token frames `[B]`; a partly padded frame does not count."""
         return batch.lengths * round(self.model.frame_rate) // self.model.sample_rate
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor | None, ...]:
-        """What TokenLoss takes, on the device: codes, lengths, text, its mask and melody."""
+        """Return TokenLoss's inputs on the device: codes, lengths, text, its mask and melody."""
         device = self.accelerator.device
         codes = self._codes(batch)
         text, mask = self.text_encoder(batch.captions, device)
@@ -114,7 +114,7 @@ class Session:
         return codes, to_device(self.lengths(batch), device), text, mask, melody
 
     def _codes(self, batch: Batch) -> torch.Tensor:
-        """A batch's codes `[B, K, T]` on the device: kept ones, or encoded now."""
+        """Return a batch's codes `[B, K, T]` on the device, cached or encoded now."""
         device = self.accelerator.device
         if batch.codes is not None:
             return to_device(batch.codes, device).long()

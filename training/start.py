@@ -1,4 +1,4 @@
-"""Flags -> a Session: load and check all that a run needs; then announce it.
+"""Flags -> a Session: load and check everything that a run needs, then announce it.
 
 Letters: T token frames.
 """
@@ -26,9 +26,9 @@ from training.tuning import tuning_of
 
 
 def start(config: Config) -> Session:
-    """Load and check all that a run needs, what fails soonest first; print and delete nothing.
+    """Load and check everything that a run needs, quick checks first; print and delete nothing.
 
-    Errors: UserError for what the user can mend.
+    Raises: UserError for what the user can fix.
     """
     folder = Path(config.output_dir)
     tracks, held_out = scan_dataset(config)
@@ -47,7 +47,7 @@ def start(config: Config) -> Session:
     trained = tuning.trained(model.lm)
     loss = TokenLoss(model.lm)
     if tuning.new_word:
-        # Its gradient comes with the text, from outside; DDP sums those of its own parameters.
+        # Its gradient comes through the text, from outside, but DDP sums only its own parameters'.
         loss.register_parameter("placeholder", tuning.new_word.vector)
     module, optimizer = accelerator.prepare(loss, make_optimizer(config, trained))
     frames = crop_frames(config, model.max_duration, model.frame_rate, tracks)
@@ -74,16 +74,16 @@ def start(config: Config) -> Session:
         restore(session, state)
     replacing = config.resume or config.overwrite
     output.check_space(folder, _space_needed(session), replacing=replacing)
-    accelerator.wait_for_everyone()  # all have looked at output_dir before the first changes it
+    accelerator.wait_for_everyone()  # until all have checked output_dir; then the first changes it
     return session
 
 
 def announce(session: Session) -> None:
-    """Say what the run will do, and open its report; in the first process.
+    """Print what the run will do, and open its report; for the first process.
 
-    Removes what killed runs left half written, and samples of an earlier run; its weights go
-    after the first step.
-    Errors: UserError if wandb can't start.
+    Removes half-written files, and the samples of an earlier run; its weights are removed after
+    the first step.
+    Raises: UserError if wandb can't start.
     """
     config, folder = session.config, session.output
     facts = facts_of(session)
@@ -98,7 +98,7 @@ def announce(session: Session) -> None:
 
 
 def _space_needed(session: Session) -> int:
-    """Bytes on disk at the worst moment: checkpoints, and an old and a new resume state."""
+    """Return the bytes needed on disk: checkpoints, and an old and a new resume state."""
     config = session.config
     resume = sum(p.nbytes for p in session.trained.values()) * (1 + bool(session.ema))
     resume += moments_bytes(config, sum(p.numel() for p in session.trained.values()))

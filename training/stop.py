@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM stop a run after the step that it is in."""
+"""Stop a run on Ctrl-C or SIGTERM."""
 
 import contextlib
 import signal
@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM ask for a stop after the step; a second one stops at once."""
+    """Handles Ctrl-C and SIGTERM: the first asks for a stop, the second stops at once."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -23,10 +23,10 @@ class StopSignals:
             raise KeyboardInterrupt
         else:
             self.requested = number
-            say(self.accelerator, "stopping soon, with everything saved; again to stop at once")
+            say(self.accelerator, "stopping soon and saving everything; once more stops at once")
 
     def check(self) -> None:
-        """Stop here, if that leaves no other process waiting."""
+        """Stop here if asked to, unless another process would be left waiting."""
         if self.requested and self.accelerator.num_processes == 1:
             raise KeyboardInterrupt
 
@@ -36,7 +36,7 @@ def handled_by(handler: StopSignals) -> Iterator[None]:
     numbers = (signal.SIGINT, signal.SIGTERM)
     try:
         before = {number: signal.signal(number, handler) for number in numbers}
-    except ValueError:  # not in the main thread: the embedding program has the signals
+    except ValueError:  # not in the main thread: the program around us handles signals
         before = {}
     try:
         yield

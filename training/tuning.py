@@ -13,19 +13,19 @@ from musicgen.text import text_conditioner
 from musicgen.weights import portable, read_lm_state, save_tensors
 from training import output
 
-if TYPE_CHECKING:  # slow to import, and only for LoRA
+if TYPE_CHECKING:  # slow to import, and only LoRA needs it
     from peft import PeftModel
 
 
 class Tuning:
     """Trains all weights; each subclass trains something else.
 
-    Call `prepare` on the language model first, then `trained`, which says what learns.
+    Call `prepare` on the language model first, then `trained`.
     """
 
-    final = output.FINAL  # the file that a finished run leaves
+    final = output.FINAL  # the file that a finished run writes
     new_word: placeholder.NewWord | None = None
-    usual_lr: str | None = None  # where the default of --lr does not fit
+    usual_lr: str | None = None  # set where the default of --lr does not fit
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -35,7 +35,7 @@ class Tuning:
         return dtype if self.config.optimizer == "adamw_8bit_bf16" else torch.float32
 
     def prepare(self, lm: Any) -> None:
-        """Freeze what does not learn, and put on what is added."""
+        """Freeze what does not learn, and attach what is added."""
         if self.config.grad_checkpointing:
             lm.transformer.checkpointing = "torch"
         lm.requires_grad_(True)
@@ -45,7 +45,7 @@ class Tuning:
         return {name: p for name, p in lm.named_parameters() if p.requires_grad}
 
     def describe(self, count: int) -> str:
-        """Say what learns; `count` is how many numbers do."""
+        """Say what learns; `count` is how many numbers that is."""
         return f"{count / 1e6:.1f} M trained"
 
     def saved_numbers(self, lm: Any) -> int:
@@ -53,7 +53,7 @@ class Tuning:
         return sum(t.numel() for t in lm.state_dict().values())
 
     def save(self, lm: Any, path: Path) -> None:
-        """Write the language model's weights as they are with what was learned."""
+        """Write the language model's weights with what was learned."""
         save_tensors(path, portable(self._state(lm), self.config.save_dtype))
 
     def save_final(self, lm: Any, folder: Path) -> None:
@@ -66,8 +66,8 @@ class Tuning:
 class _Frozen(Tuning):
     """Leaves the layers as they are on disk.
 
-    In the format that autocast would bring them to they give the same, in half the room; what is
-    saved comes from the disk again.
+    They are held in the format that autocast would convert them to: the same results in half the
+    memory. Saving reads the originals from disk again.
     """
 
     def layers_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -78,7 +78,7 @@ class _Frozen(Tuning):
 
 
 class TextTuning(_Frozen):
-    """Trains the text conditioning only (lm.condition_provider)."""
+    """Trains only the text conditioning (lm.condition_provider)."""
 
     def prepare(self, lm: Any) -> None:
         super().prepare(lm)
@@ -90,10 +90,10 @@ class TextTuning(_Frozen):
 
 
 class LoraTuning(_Frozen):
-    """Trains adapters; saves them merged into the weights, and at the end alone too."""
+    """Trains adapters; saves them merged into the weights, and at the end also by themselves."""
 
     usual_lr = "LoRA usually takes 1e-4"
-    adapter: "PeftModel"  # the language model with adapters on
+    adapter: "PeftModel"  # the language model with its adapters
 
     def prepare(self, lm: Any) -> None:
         super().prepare(lm)
@@ -122,7 +122,7 @@ class LoraTuning(_Frozen):
 
 
 class WordTuning(_Frozen):
-    """Trains the vector of a new word of the text encoder, and saves that alone."""
+    """Trains the vector of a new word for the text encoder, and saves only that."""
 
     final = output.EMBEDDING
 
@@ -151,7 +151,7 @@ class WordTuning(_Frozen):
 
 
 def tuning_of(config: Config) -> Tuning:
-    """Choose what learns, as the flags say; they exclude each other."""
+    """Choose what learns by the flags, which exclude each other."""
     if config.placeholder:
         return WordTuning(config)
     if config.lora_rank:

@@ -504,7 +504,7 @@ def test_another_number_of_clips_a_step_is_refused(cut, stopped, world):
 @pytest.mark.parametrize("save_step", [None, 2])
 def test_a_finished_run_is_not_resumed_but_for_more_epochs(save_step, world, tmp_path):
     output = run(world, tmp_path / "run", save_step=save_step)
-    why = "is finished" if save_step else "no .*resume.pt to go on from"
+    why = "is finished" if save_step else "no .*resume.pt to resume from"
     with pytest.raises(UserError, match=why):
         run(world, output, resume=True, save_step=save_step)
     if save_step:
