@@ -1,1 +1,1 @@
-"""What the scripts do once their flags are known."""
+"""The work of the scripts, once their flags are known."""

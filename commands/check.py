@@ -1,4 +1,4 @@
-"""Look at a dataset before it is trained on: what training would see, and what is wrong with it."""
+"""Check a dataset before training: show what training would see, and what is wrong with it."""
 
 import hashlib
 import math
@@ -28,51 +28,52 @@ from recordings.track import Track
 from training.report import format_seconds
 
 BLOCK_SEC = 30
-SILENT_DB, CLIPPED = -60.0, 0.999  # of full scale; the peak of a block is silent or clips
+SILENT_DB, CLIPPED = -60.0, 0.999  # of full scale: peaks below are silent, from here on clipped
 QUIET_DB = -40.0
 NOT_READ = re.compile(
     r"\.(aac|ac3|amr|ape|au|caf|dsf|m4b|mid|mka|mkv|mov|mp2|mp4|oga|tta|w64|webm|wma|wv)$", re.I
 )
-MAKER = {"Software": "MusicGen Trainer"}  # in the picture, to know it again
+MAKER = {"Software": "MusicGen Trainer"}  # stored in the picture, to recognise our own
 
 
 class Sound(NamedTuple):
-    """What a recording sounds like: levels in dB of full scale, shares of its seconds."""
+    """What a recording sounds like: its level, and the shares of it that clip or are silent."""
 
-    level_db: float  # RMS
+    level_db: float  # RMS, of full scale
     clipped: float
     silent: float
-    digest: str  # of the decoded samples: the same in two files is the same recording
+    digest: str  # hash of the decoded samples, to find copies
+
+
+class _Duplicate(NamedTuple):
+    """A recording that sounds exactly like an earlier one."""
+
+    name: str
+    original: str
 
 
 def check(config: CheckConfig) -> bool:
-    """Print what training would see; whether it would start.
+    """Print what training would see; return whether it would start.
 
-    Errors: UserError if there is nothing to look at, or --fix can't be written.
+    Raises: UserError if there is nothing to check, or --fix or --picture can't be written.
     """
-    root = Path(config.dataset_path)
-    target = Path(config.fix) if config.fix else None
-    if target:
-        files.check_outside(target, config.dataset_path, "--fix")
-        files.check_writable(target, "--fix")
-        if any(target.iterdir()):
-            raise UserError(f"--fix={target}: holds files already; name a new folder")
+    target = _fix_target(config)
     _check_picture(Path(config.picture))
 
-    tracks, problems = scan.find(config.dataset_path, **config.captions)
-    sounds: dict[str, Sound] = {}
-    encoded = [track for track in tracks if track.codec]
-    tracks = [track for track in tracks if not track.codec]
-    for track, result in zip(tracks, _listen_to_all(tracks), strict=True):
+    found, problems = scan.find(config.dataset_path, **config.captions)
+    encoded = [track for track in found if track.codec]
+    tracks, sounds = [], dict[str, Sound]()
+    recordings = [track for track in found if not track.codec]
+    for track, result in zip(recordings, _listen_to_all(recordings), strict=True):
         if isinstance(result, str):
             problems.append(f"{track.name}: {result}")
         else:
+            tracks.append(track)
             sounds[track.name] = result
-    tracks = [track for track in tracks if track.name in sounds]
 
-    copies = _copies(tracks, sounds)
+    duplicates = _duplicates(tracks, sounds)
     silent = [track.name for track in tracks if sounds[track.name].silent == 1]
-    tracks = tracks + encoded
+    tracks += encoded
     unit, lengths = _caption_lengths([track.caption for track in tracks])
     print("\n".join(_facts(config, tracks, unit, lengths)))
     if encoded:
@@ -80,10 +81,49 @@ def check(config: CheckConfig) -> bool:
     left_out_by_fix = {
         "can't be trained on": problems,
         "are silent from start to end": silent,
-        "are the same recording as another": [f"{b}: as {a}" for b, a in copies.items()],
+        "are the same recording as another": [f"{d.name}: as {d.original}" for d in duplicates],
     }
-    warnings = {
-        "are in formats that aren't read; convert them, to flac perhaps": _not_read(root),
+    for what, names in left_out_by_fix.items():
+        _print_list(what, names, limit=len(names))
+    for what, names in _warnings(config, tracks, sounds, unit, lengths).items():
+        _print_list(what, names, limit=20)
+    if tracks:
+        draw(tracks, list(sounds.values()), unit, lengths, Path(config.picture))
+        print(f"\npicture    {config.picture}")
+    if target:
+        left_out = {*silent, *(duplicate.name for duplicate in duplicates)}
+        usable = [track for track in tracks if track.name not in left_out]
+        _copy(usable, target, shards.is_shards(config.dataset_path))
+        print(f"fixed      {len(usable)} recordings copied to {target}")
+    would_start = bool(tracks) and not problems
+    print("\n" + _verdict(would_start, is_fixed=target is not None))
+    return would_start
+
+
+def _fix_target(config: CheckConfig) -> Path | None:
+    """Return the folder of --fix. Raises: UserError if it is not a new one."""
+    if not config.fix:
+        return None
+    target = Path(config.fix)
+    files.check_outside(target, config.dataset_path, "--fix")
+    files.check_writable(target, "--fix")
+    if any(target.iterdir()):
+        raise UserError(f"--fix={target}: holds files already; name a new folder")
+    return target
+
+
+def _warnings(
+    config: CheckConfig,
+    tracks: list[Track],
+    sounds: dict[str, Sound],
+    unit: str,
+    lengths: list[int],
+) -> dict[str, list[str]]:
+    """Return what may be wrong with recordings that can be trained on, and which ones it is."""
+    return {
+        "are in formats that can't be read; convert them, perhaps to flac": _not_read(
+            Path(config.dataset_path)
+        ),
         "clip (distort at full scale) in more than a tenth of their length": [
             f"{name}: {sound.clipped:.0%}" for name, sound in sounds.items() if sound.clipped > 0.1
         ],
@@ -98,36 +138,29 @@ def check(config: CheckConfig) -> bool:
             if 1 / 3 < sound.silent < 1
         ],
         "have the caption of another recording": [] if config.caption else _shared_captions(tracks),
-        f"have captions of more than {MAX_TOKENS} {unit}, of which training takes the first "
+        f"have captions of more than {MAX_TOKENS} {unit}; training reads the first "
         f"{MAX_TOKENS} tokens": [
             f"{track.name}: {length}"
             for track, length in zip(tracks, lengths, strict=True)
             if length > MAX_TOKENS
         ],
     }
-    for what, names in (left_out_by_fix | warnings).items():
-        if names:
-            limit = len(names) if what in left_out_by_fix else 20
-            print(f"\n{len(names)} {what}:\n{first_lines(names, limit)}")
-    if tracks:
-        draw(tracks, list(sounds.values()), unit, lengths, Path(config.picture))
-        print(f"\npicture    {config.picture}")
-    usable = [track for track in tracks if track.name not in {*silent, *copies}]
-    if target:
-        _copy(usable, target, shards.is_shards(config.dataset_path))
-        print(f"fixed      {len(usable)} recordings copied to {target}")
-    is_good = bool(tracks) and not problems
-    print(
-        "\nTraining would start."
-        if is_good
-        else "\nTraining would not start: mend these files, or move them out"
-        + ("." if target else ", or let --fix=NEW_FOLDER copy what is usable.")
-    )
-    return is_good
+
+
+def _print_list(what: str, names: list[str], limit: int) -> None:
+    if names:
+        print(f"\n{len(names)} {what}:\n{first_lines(names, limit)}")
+
+
+def _verdict(would_start: bool, *, is_fixed: bool) -> str:
+    if would_start:
+        return "Training would start."
+    remedy = "." if is_fixed else ", or let --fix=NEW_FOLDER copy what is usable."
+    return f"Training would not start: mend these files, or move them out{remedy}"
 
 
 def _listen_to_all(tracks: list[Track]) -> Iterator[Sound | str]:
-    """What each sounds like, or why it can't be read. Errors: UserError."""
+    """Yield what each recording sounds like, or why it can't be read. Raises: UserError."""
     with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         results = pool.map(_listen_or_say, tracks)
         for track in tqdm(tracks, unit="file", desc="listening"):
@@ -135,13 +168,13 @@ def _listen_to_all(tracks: list[Track]) -> Iterator[Sound | str]:
                 yield next(results)
             except BrokenProcessPool:
                 raise UserError(
-                    f"{track.place}: it, or a file soon after it, made the process end that "
-                    "listened to it (memory full, or a fault of its decoder): move it out"
+                    f"{track.place}: this file, or one soon after it, ended the process that "
+                    "listened to it (memory full, or a crash of its decoder): move it out"
                 ) from None
 
 
 def _listen_or_say(track: Track) -> Sound | str:
-    """What a recording sounds like, or why it can't be read (an exception loses its text)."""
+    """Return what a recording sounds like, or why it can't be read."""
     try:
         return listen(track)
     except ValueError as error:
@@ -149,7 +182,7 @@ def _listen_or_say(track: Track) -> Sound | str:
 
 
 def listen(track: Track) -> Sound:
-    """Decode a whole recording, in blocks. Errors: ValueError why it can't be read."""
+    """Decode a whole recording, in blocks. Raises: ValueError if it can't be read."""
     digest = hashlib.blake2b(digest_size=16)
     energy, samples, clipped, silent, seconds = 0.0, 0, 0, 0, 0
     for block in _blocks(track):  # [C, samples]
@@ -176,21 +209,20 @@ def _db(amplitude: float) -> float:
 
 
 def _not_read(root: Path) -> list[str]:
-    """Recordings below a folder that dataset.py passes over."""
+    """List the recordings in a folder whose formats can't be read."""
     return sorted(
         path.relative_to(root).as_posix() for path in root.rglob("*") if NOT_READ.search(path.name)
     )
 
 
-def _copies(tracks: list[Track], sounds: dict[str, Sound]) -> dict[str, str]:
-    """Recordings that sound exactly like one before them, and that one."""
+def _duplicates(tracks: list[Track], sounds: dict[str, Sound]) -> list[_Duplicate]:
     first: dict[str, str] = {}
-    copies = {}
+    duplicates = []
     for track in tracks:
         original = first.setdefault(sounds[track.name].digest, track.name)
         if original != track.name:
-            copies[track.name] = original
-    return copies
+            duplicates.append(_Duplicate(track.name, original))
+    return duplicates
 
 
 def _shared_captions(tracks: list[Track]) -> list[str]:
@@ -202,12 +234,12 @@ def _shared_captions(tracks: list[Track]) -> list[str]:
 
 
 def _caption_lengths(captions: list[str]) -> tuple[str, list[int]]:
-    """What captions are measured in, and how long each is.
+    """Return the unit that captions are measured in, and the length of each.
 
-    Every MusicGen reads T5's tokens, but only who has trained one has the tokenizer at hand. A word
-    is at least a token, so that a caption which is too long in words is so in tokens too.
+    Every MusicGen reads T5's tokens, but the tokenizer comes with the first model downloaded.
+    Without it, words are counted: each is at least one token, so too many are too many tokens.
     """
-    files = ("tokenizer.json", "spiece.model")  # without either, transformers makes up a tokenizer
+    files = ("tokenizer.json", "spiece.model")  # without either, transformers invents a tokenizer
     if not any(isinstance(try_to_load_from_cache("t5-base", file), str) for file in files):
         return "words (T5's tokens once a model is downloaded)", [len(c.split()) for c in captions]
     from transformers import T5Tokenizer
@@ -244,7 +276,7 @@ def _counted(values: Iterable[str]) -> str:
 def draw(
     tracks: list[Track], sounds: list[Sound], unit: str, lengths: list[int], path: Path
 ) -> None:
-    """Histograms of lengths, levels and captions' lengths, as a png."""
+    """Draw histograms of lengths, levels and caption lengths, as a png."""
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     left.hist([track.duration_sec for track in tracks], bins=30)
@@ -262,7 +294,7 @@ def draw(
 
 
 def _check_picture(path: Path) -> None:
-    """Errors: UserError if another file than a picture of ours has that name."""
+    """Raise UserError if a file that is not our own picture has this name."""
     from PIL import Image, UnidentifiedImageError
 
     if not path.exists():
@@ -278,11 +310,11 @@ def _check_picture(path: Path) -> None:
 
 
 def _copy(tracks: list[Track], target: Path, are_shards: bool) -> None:
-    """Recordings and their captions, in folders as they were, or in a folder for each shard.
+    """Copy recordings and captions, in the same folders or in a folder for each shard.
 
-    Errors: UserError.
+    Raises: UserError.
     """
-    numbers: dict[Path, int] = {}  # of shards named by paths or URLs, which could lead anywhere
+    numbers: dict[Path, int] = {}  # of shards, whose own paths could lead anywhere
     for track in tracks:
         to = target / track.name
         if track.member and are_shards:

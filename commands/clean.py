@@ -1,8 +1,8 @@
-"""Recordings made fit for training, in a new folder: `python prepare.py clean my_music new`.
+"""Make recordings fit for training, in a new folder: `python prepare.py clean my_music new`.
 
-Without vocals, cut at silences, equally loud, as asked. A recording is first laid out, decoded, in
-a temporary file, so that hours of it need the memory of one block. The results are flac of 24 bit:
-exact for recordings of 16 and 24 bit, and no larger than 16 bit flac for those of 16.
+Removes vocals, cuts at silences and makes equally loud, as asked. A recording is first decoded into
+a temporary file, so that hours of it need the memory of one block. The results are 24-bit flac:
+exact for 16-bit and 24-bit recordings, and for 16-bit ones no larger than 16-bit flac.
 
 Letters: C channels.
 """
@@ -31,17 +31,17 @@ from recordings.track import Track
 from training.report import format_seconds
 
 BLOCK_SEC = 60
-STRIDES = 40  # of demucs at a time: of its segments of 7.8 s each begins 3/4 after the one before
-SILENCE_SEC, MARGIN_SEC = 1.0, 0.5  # a silence, and what stays of it at either side, for decays
+STRIDES = 40  # in a block for demucs, whose segments of 7.8 s overlap by a quarter
+SILENCE_SEC, MARGIN_SEC = 1.0, 0.5  # shortest silence, and how much of it stays, for decays
 PEAK = 10 ** (-1 / 20)  # -1 dBFS
 FLAC_CHANNELS, FLAC_RATE_HZ = 8, 655_350
-RECORD = ".clean.json"  # in the new folder: the flags that it was made with, and what is done
+RECORD = ".clean.json"  # in the new folder: the flags it was made with, and what is done
 
 
 def clean(config: CleanConfig) -> bool:
-    """Clean the recordings of a folder; whether all could be.
+    """Clean the recordings of a folder; return whether all could be cleaned.
 
-    Errors: UserError if there are none, or the new folder can't be written.
+    Raises: UserError if there are none, or the new folder can't be written.
     """
     out = Path(config.output_dir)
     record = _start(config, out)
@@ -74,7 +74,7 @@ def clean(config: CleanConfig) -> bool:
         except ValueError as error:
             problems.append(f"{track.name}: {error}")
             continue
-        except OSError as error:  # of the temporary file
+        except OSError as error:  # from the temporary file
             raise UserError(f"--output_dir={out}: can't be written to ({error.strerror})") from None
         notes += said
         done[track.name] = {**facts, "files": count, "frames_out": frames}
@@ -95,7 +95,7 @@ def clean(config: CleanConfig) -> bool:
     gone = [name for name in done if name not in names]
     what_else = {
         "to know": notes,
-        f"of an earlier run are not in {config.dataset_path} any more, but still in {out}": gone,
+        f"are no longer in {config.dataset_path}, but an earlier run left them in {out}": gone,
         "can't be used": problems,
     }
     for what, lines in what_else.items():
@@ -105,11 +105,11 @@ def clean(config: CleanConfig) -> bool:
 
 
 def _start(config: CleanConfig, out: Path) -> dict[str, Any]:
-    """The record of a new folder, or of one that a run with the same flags was stopped in."""
+    """Return the record of a new folder, or of one that the same command was stopped in."""
     files.check_outside(out, config.dataset_path, "--output_dir")
     root = str(Path(config.dataset_path).resolve())
     free = {"dataset_path", "output_dir", "device"}
-    if config.caption is None:  # there was no such flag before: a folder that was begun goes on
+    if config.caption is None:  # earlier versions had no such flag; their folders go on
         free.add("caption")
     flags = {"folder": root, **config.model_dump(exclude=free)}
     new = {"flags": flags, "done": {}, "begun": None}
@@ -121,7 +121,7 @@ def _stem(name: str) -> str:
 
 
 def _facts(track: Track) -> dict[str, Any]:
-    """What is another when a recording or its caption has changed."""
+    """Return what differs once a recording or its caption has changed."""
     return {
         "rate": track.sample_rate,
         "frames": track.frames,
@@ -131,7 +131,7 @@ def _facts(track: Track) -> dict[str, Any]:
 
 
 def _remove_files(target: Path, config: CleanConfig) -> None:
-    """What a killed run has made of a recording; there may be fewer pieces now."""
+    """Remove what a killed run made of a recording; there may be fewer pieces now."""
     number = r"_\d{3,}" if config.split_silences else ""
     made = re.compile(rf"{re.escape(target.stem)}{number}\.(flac|txt|json)")
     for path in list(target.parent.glob("*")):
@@ -151,9 +151,9 @@ def _asked(config: CleanConfig) -> Iterator[str]:
 def _clean(
     track: Track, out: Path, config: CleanConfig, read: Callable[[Track], Iterator[np.ndarray]]
 ) -> tuple[int, int, list[str]]:
-    """(files, their frames, what there is to know of them).
+    """Clean a recording -> the number of files written, of frames in them, and notes to print.
 
-    Errors: ValueError why the recording can't be used; OSError, UserError if the disk is full.
+    Raises: ValueError if the recording can't be used; OSError, UserError if the disk is full.
     """
     rate, channels = track.sample_rate, 0
     beside = captions.files(track.source, track.written) if track.written else {}
@@ -183,7 +183,7 @@ def _clean(
 
 
 def _blocks(track: Track) -> Iterator[np.ndarray]:  # [frames, C]
-    """A recording as it is."""
+    """Read a recording in blocks."""
     rate, channels = track.sample_rate, _channels(track)
     for start in range(0, track.frames, BLOCK_SEC * rate):
         frames = min(BLOCK_SEC * rate, track.frames - start)
@@ -193,34 +193,34 @@ def _blocks(track: Track) -> Iterator[np.ndarray]:  # [frames, C]
 def _channels(track: Track) -> int:
     _, channels, _ = audio.probe(track.source)
     if channels > FLAC_CHANNELS or track.sample_rate > FLAC_RATE_HZ:
-        raise ValueError(f"no flac can hold {channels} channels at {track.sample_rate} Hz")
+        raise ValueError(f"flac can't hold {channels} channels at {track.sample_rate} Hz")
     return channels
 
 
 def _demucs(device: str) -> Any:
-    from musicgen.device import choose_device  # not for the other flags: audiocraft takes seconds
+    from musicgen.device import choose_device  # only if needed: importing audiocraft takes seconds
     from musicgen.melody import load_demucs
 
     return load_demucs(choose_device(device), "leave out --remove_vocals")
 
 
 def _without_vocals(demucs: Any, track: Track) -> Iterator[np.ndarray]:  # [frames, C]
-    """The sum of the other stems, in blocks.
+    """Yield the sum of the stems other than vocals, in blocks.
 
-    Each block begins at one of demucs' own segments, and what overlaps with it is heard too: the
-    result is that of the whole recording.
+    Each block begins with one of demucs' own segments and is separated along with what overlaps
+    it, so that the result is that of the whole recording.
     """
     from demucs.apply import apply_model
 
     rate, channels = track.sample_rate, _channels(track)
     if channels > demucs.audio_channels:
-        raise ValueError(f"has {channels} channels: demucs takes mono and stereo")
+        raise ValueError(f"has {channels} channels, but demucs takes only mono and stereo")
     stems = [i for i, name in enumerate(demucs.sources) if name != "vocals"]
     device = next(demucs.parameters()).device
     segment = round(demucs.max_allowed_segment * rate)
     block = round(0.75 * demucs.max_allowed_segment * STRIDES * rate)
     for start in range(0, track.frames, block):
-        first = max(0, start - block * 2 // STRIDES)  # 2: a whole number of frames at most rates
+        first = max(0, start - block * 2 // STRIDES)  # 2: whole frames at most sample rates
         last = min(track.frames, start + block + segment)
         wav = audio.read_crop(
             track.source, first, last - first, demucs.samplerate, demucs.audio_channels
@@ -239,7 +239,7 @@ def _without_vocals(demucs: Any, track: Track) -> Iterator[np.ndarray]:  # [fram
 
 
 def _pieces(wav: np.ndarray, rate: int, config: CleanConfig) -> list[tuple[int, int]]:
-    """(start, stop) in frames of what is between silences; short pieces joined."""
+    """Return (start, stop) of what lies between silences, in frames; join short pieces."""
     hop = rate // 20  # 50 ms
     levels = []  # mean square of each hop, in the loudest channel
     for start in range(0, len(wav), BLOCK_SEC * 20 * hop):
@@ -261,12 +261,12 @@ def _pieces(wav: np.ndarray, rate: int, config: CleanConfig) -> list[tuple[int, 
 
 
 def _gain(wav: np.ndarray, rate: int, loudness: float | None) -> tuple[float, str]:
-    """(factor, what there is to know of it). Errors: ValueError if there are too many channels."""
+    """Return a factor and a note about it. Raises: ValueError if there are too many channels."""
     gain, ceiling, note = 1.0, 1.0, ""
     if loudness is not None:
         measured, ceiling = _loudness(wav, rate), PEAK
         if math.isinf(measured):
-            return gain, "too quiet to be measured, left as it is"
+            return gain, "too quiet to measure, left as it is"
         gain = 10 ** ((loudness - measured) / 20)
     size = BLOCK_SEC * rate
     peak = max(float(np.abs(wav[i : i + size]).max()) for i in range(0, len(wav), size))
@@ -277,18 +277,19 @@ def _gain(wav: np.ndarray, rate: int, loudness: float | None) -> tuple[float, st
 
 
 def _loudness(wav: np.ndarray, rate: int) -> float:
-    """Integrated loudness in LUFS (ITU-R BS.1770-4), -inf under its absolute gate.
+    """Return integrated loudness in LUFS (ITU-R BS.1770-4); -inf below its absolute gate.
 
-    pyloudnorm measures blocks, which begin 1 s early for its filters to settle; gated all together.
+    pyloudnorm measures blocks that begin 1 s early, so that its filters settle; all are gated
+    together.
     """
     meter, levels = pyloudnorm.Meter(rate), []
     for start in range(0, len(wav), BLOCK_SEC * rate):
         early = min(start, rate)
         block = wav[start - early : start + BLOCK_SEC * rate + 3 * rate // 10].astype(np.float64)
         if block.shape[1] == 6:  # 5.1
-            block = np.delete(block, 3, axis=1)  # its low frequency channel doesn't count
+            block = np.delete(block, 3, axis=1)  # the low-frequency channel doesn't count
         meter.integrated_loudness(block)
-        levels += meter.blockwise_loudness[10 * early // rate :]  # one each 100 ms
+        levels += meter.blockwise_loudness[10 * early // rate :]  # one for each 100 ms
     power = 10 ** (np.array(levels) / 10)
     power = power[power >= 10**-7]  # -70 LUFS
     power = power[power > power.mean() / 10] if len(power) else power
@@ -296,12 +297,12 @@ def _loudness(wav: np.ndarray, rate: int) -> float:
 
 
 def _write(file: BinaryIO, *, wav: np.ndarray, rate: int, gain: float) -> None:
-    """Errors: OSError. libsndfile itself says nothing if the disk is full when it closes a file."""
+    """Write and check: libsndfile closes a file silently if the disk is full. Raises: OSError."""
     try:
         kind = {"subtype": "PCM_24", "format": "FLAC"}
         with sf.SoundFile(file.name, "w", rate, wav.shape[1], **kind) as flac:
             for start in range(0, len(wav), BLOCK_SEC * rate):
-                # As integers: libsndfile's own way from float is not exact.
+                # As integers: libsndfile's own conversion from float is not exact.
                 pcm = np.rint(wav[start : start + BLOCK_SEC * rate] * np.float32(gain * 2**23))
                 flac.write(np.clip(pcm, -(2**23), 2**23 - 1).astype(np.int32) << 8)
         with sf.SoundFile(file.name) as flac:

@@ -1,4 +1,4 @@
-"""What a run needs of the device's memory, and what would lower it."""
+"""Estimate the device memory that a run needs, and what would lower it."""
 
 import os
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from training.plan import make_plan
 
 
 def dry_run(config: Config) -> str:
-    """What --dry_run=1 says: the model, the steps, the memory by part, and what would lower it.
+    """Return the output of --dry_run=1: model, steps, memory by part, and what would lower it.
 
-    Errors: UserError, as for a real run.
+    Raises: UserError, as a real run does.
     """
     model = configs(config.model_id)
     tracks, _ = scan_dataset(config)
@@ -49,11 +49,11 @@ def dry_run(config: Config) -> str:
         f"{plan.sizes} clips of {frames / rate:g} s",
         f"precision  {str(dtype).removeprefix('torch.')} ({why})",
         f"memory     {memory}",
-        f"           at the peak {_gb(need.peak)} ({when}), and what CUDA itself takes",
+        f"           at the peak {_gb(need.peak)} ({when}), plus what CUDA itself takes",
     ]
     if torch.cuda.is_available():
         rows.append(f"           this GPU has {_gb(torch.cuda.mem_get_info()[1])}")
-    rows.append("to need less, in the order of least harm, each with those above it:")
+    rows.append("to need less, least harmful first, each with the flags above it:")
     for flags, changed in _thriftier(config):
         lower = estimate(changed, model, frames, dtype, encodes=encodes)
         rows.append(f"  {_gb(lower.peak):>8}  with {flags}")
@@ -61,7 +61,7 @@ def dry_run(config: Config) -> str:
 
 
 def _thriftier(config: Config) -> Iterator[tuple[str, Config]]:
-    """Flags that lower the peak, and the config with them and all those before."""
+    """Yield flags that lower the peak, and the config with them and all before."""
     if not config.grad_checkpointing:
         config = config.model_copy(update={"grad_checkpointing": True})
         yield "--grad_checkpointing=1", config

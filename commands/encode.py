@@ -1,6 +1,6 @@
-"""Recordings -> files of their tokens, once: `python prepare.py encode my_music my_tokens`.
+"""Encode recordings into files of tokens: `python prepare.py encode my_music my_tokens`.
 
-Training from these is training with --cache_tokens=1, on any machine, without the recordings.
+Training on these equals training with --cache_tokens=1, but does not need the recordings.
 
 Letters: K codebooks, T token frames.
 """
@@ -25,9 +25,9 @@ from training.report import format_seconds
 
 
 def encode(config: EncodeConfig) -> bool:
-    """Encode what is not encoded yet; True.
+    """Encode what is not encoded yet; return True.
 
-    Errors: UserError that names what can't be used, or a file in the way.
+    Raises: UserError that names what can't be used, or a file in the way.
     """
     out = Path(config.output_dir)
     files.check_outside(out, config.dataset_path, "--output_dir")
@@ -43,8 +43,8 @@ def encode(config: EncodeConfig) -> bool:
     for path, there in earlier.items():
         if there.codec != name:
             raise UserError(
-                f"{path}: has the tokens of {there.facts.model_id}, whose EnCodec is not that of "
-                f"--model_id={config.model_id}: name a new folder"
+                f"{path}: holds tokens of {there.facts.model_id}, whose EnCodec differs from that "
+                f"of --model_id={config.model_id}: name a new folder"
             )
     files.check_writable(out, "--output_dir")
     for path in files.temporaries(out, r".+\.(safetensors|txt|json)", within=True):
@@ -66,7 +66,7 @@ def encode(config: EncodeConfig) -> bool:
                 if not beside.exists():
                     files.write_bytes(beside, content)
             if path in earlier and earlier[path].facts._replace(model_id=model_id) == facts:
-                continue  # one EnCodec may be that of several models
+                continue  # several models may share one EnCodec
             codes = codec.encode_track(model, track, config.batch_size)
             files.write(path, partial(token_file.write, codes=codes, facts=facts))
             new += 1
@@ -80,16 +80,16 @@ def encode(config: EncodeConfig) -> bool:
     print(f"tokens     {new} encoded now, {len(tracks) - new} were there, in {out}")
     if replaced:
         print(
-            f"\n{len(replaced)} of them in place of others, as these recordings have changed, or "
-            f"were another folder's:\n{first_lines(replaced)}"
+            f"\n{len(replaced)} of them in place of others, whose recordings have changed or were "
+            f"another folder's:\n{first_lines(replaced)}"
         )
     others = [
         path.relative_to(out).as_posix() for path in out.rglob(f"*{SUFFIX}") if path not in made
     ]
     if others:
         print(
-            f"\n{len(others)} files of tokens in {out} are of no recording in "
-            f"{config.dataset_path} and will be trained on:\n{first_lines(sorted(others))}"
+            f"\n{len(others)} files of tokens in {out} belong to no recording in "
+            f"{config.dataset_path}, but will be trained on:\n{first_lines(sorted(others))}"
         )
     return True
 
@@ -99,7 +99,7 @@ def _path(out: Path, track: Track) -> Path:
 
 
 def _check_names(tracks: list[Track], out: Path) -> None:
-    """Errors: UserError."""
+    """Raise UserError if two recordings would get the same file, or one is tokens already."""
     first: dict[Path, Track] = {}
     for track in tracks:
         if track.codec:
@@ -107,12 +107,12 @@ def _check_names(tracks: list[Track], out: Path) -> None:
         other = first.setdefault(_path(out, track), track)
         if other is not track:  # in two shards
             raise UserError(
-                f"{other.place} and {track.place}: have one name; encode them into two folders"
+                f"{other.place} and {track.place}: have the same name; encode them into two folders"
             )
 
 
 def _captions_of(path: Path, track: Track) -> dict[Path, bytes]:
-    """What goes beside the tokens in `path`."""
+    """Return the caption files to write beside the tokens in `path`."""
     if not track.written:
         return {}
     beside = captions.files(track.source, track.written)
@@ -120,25 +120,25 @@ def _captions_of(path: Path, track: Track) -> dict[Path, bytes]:
 
 
 def _check_captions(made: dict[Path, Track]) -> None:
-    """Errors: UserError if another caption is there: written by hand, perhaps."""
+    """Raise UserError if another caption is there, perhaps written by hand."""
     for path, track in made.items():
         try:
             wanted = _captions_of(path, track)
             for there in map(path.with_suffix, (".txt", ".json")):
                 if there.exists() and wanted and there.read_bytes() != wanted.get(there):
                     raise UserError(
-                        f"{there}: is not the caption that {track.place} has: delete it if that "
-                        "has changed, or name a new folder"
+                        f"{there}: differs from the caption of {track.place}: delete it if that "
+                        "caption has changed, or name a new folder"
                     )
         except (ValueError, OSError) as error:
             raise UserError(f"{track.place}: {error}") from None
 
 
 def _there(path: Path) -> Header | None:
-    """Of tokens that are there already. Errors: UserError if another file, or part of one, is."""
+    """Read the header of tokens that exist already. Raises: UserError if they are unusable."""
     try:
         if not path.exists():
             return None
         return token_file.read_header(path)
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: {error}; move it away, the tokens go there") from None
+        raise UserError(f"{path}: {error}; move it away, the tokens belong there") from None

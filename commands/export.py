@@ -10,7 +10,7 @@ from musicgen.weights import portable, read_lm_state, save_tensors
 
 
 def export(config: ExportConfig) -> Path:
-    """Write the base model's weights with the adapters merged in. Errors: UserError."""
+    """Write the base model's weights with the adapters merged in. Raises: UserError."""
     path = Path(config.output)
     if path.exists() and not config.overwrite:
         raise UserError(f"--output={path}: exists; give another name, or --overwrite=1")

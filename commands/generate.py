@@ -22,9 +22,9 @@ from training.output import RUN
 
 
 def generate(config: GenerateConfig) -> list[Path]:
-    """Write a wav for each prompt and variation; returns their paths.
+    """Write a wav for each prompt and variation; return their paths.
 
-    Errors: UserError for what the user can mend.
+    Raises: UserError for what the user can fix.
     """
     paths = _output_paths(config)
     for path in (path for group in paths for path in group):
@@ -33,7 +33,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     if config.full_weights and not Path(config.full_weights).is_file():
         raise UserError(
             f"--weights_path={config.full_weights}: no such file; give the lm_final.pt that run.py "
-            "left, or --weights_path=None for the model as it was"
+            "wrote, or --weights_path=None for the untuned model"
         )
     for flag in ("prompt_audio", "melody"):
         recording = getattr(config, flag)
@@ -41,7 +41,6 @@ def generate(config: GenerateConfig) -> list[Path]:
             raise UserError(f"--{flag}={recording}: no such file")
 
     adapters = [lora.read(folder) for folder in config.lora or []]
-
     embeddings = [placeholder.read(path) for path in config.embedding or []]
     files.check_writable(paths[0][0].parent, "--output_dir")
     device = choose_device(config.device)
@@ -90,9 +89,9 @@ def generate(config: GenerateConfig) -> list[Path]:
 
 
 def _output_paths(config: GenerateConfig) -> list[list[Path]]:
-    """A wav name for each variation of each prompt.
+    """Return a wav path for each variation of each prompt.
 
-    Example: "Slow piano, 90 bpm", seed 3 -> slow-piano-90-bpm_3_1.wav, the second .._3_2.wav
+    Example: "Slow piano, 90 bpm", seed 3 -> slow-piano-90-bpm_3_1.wav, slow-piano-90-bpm_3_2.wav
     """
     output = Path(config.output_dir)
     if output.suffix.lower() == ".wav":
@@ -104,7 +103,7 @@ def _output_paths(config: GenerateConfig) -> list[list[Path]]:
         return [[output]]
     if output.is_file():
         raise UserError(
-            f"--output_dir={config.output_dir}: is a file; name a folder, or a .wav file"
+            f"--output_dir={config.output_dir}: is a file; name a folder or a .wav file"
         )
     groups: list[list[Path]] = []
     taken: set[str] = set()
@@ -125,7 +124,7 @@ def _output_paths(config: GenerateConfig) -> list[list[Path]]:
 def _model_id(
     config: GenerateConfig, adapters: list[lora.Adapter], embeddings: list[Embedding]
 ) -> str:
-    """--model_id, or what run.py noted beside the weights or in what goes onto them, or small."""
+    """Return --model_id; else what run.py noted with the weights, adapter or word; else small."""
     noted = None
     if config.full_weights:
         noted = (files.read_json(Path(config.full_weights).parent / RUN) or {}).get("model_id")
@@ -137,7 +136,7 @@ def _model_id(
 
 
 def _opening(config: GenerateConfig, model: Model, overlap_sec: float) -> torch.Tensor | None:
-    """The codes `[1, K, T]` of the last `overlap_sec` of --prompt_audio."""
+    """Return the codes `[1, K, T]` of the last `overlap_sec` of --prompt_audio."""
     if not config.prompt_audio:
         return None
     wav = _read("--prompt_audio", config.prompt_audio, model, model.audio_channels, overlap_sec)
@@ -146,14 +145,13 @@ def _opening(config: GenerateConfig, model: Model, overlap_sec: float) -> torch.
 
 
 def _melody(config: GenerateConfig, model: Model) -> torch.Tensor | None:
-    """The recording of --melody, `[1, samples]`."""
+    """Read the recording of --melody, `[1, samples]`. Raises: UserError."""
     if not config.melody:
         return None
-
     if not melody_conditioner(model.lm):
         raise UserError(
-            f"--melody={config.melody}: this model takes none; give --model_id=melody, or another "
-            "melody model, and weights that were tuned from it"
+            f"--melody={config.melody}: this model takes no melody; give --model_id=melody, or "
+            "another melody model, and weights that were tuned from it"
         )
     return _read("--melody", config.melody, model, channels=1)
 
@@ -161,7 +159,7 @@ def _melody(config: GenerateConfig, model: Model) -> torch.Tensor | None:
 def _read(
     flag: str, path: str, model: Model, channels: int, last_sec: float | None = None
 ) -> torch.Tensor:
-    """A recording, or its last seconds, `[C, samples]` at the model's rate. Errors: UserError."""
+    """Read a recording or its end, `[C, samples]` at the model's rate. Raises: UserError."""
     try:
         rate, _, whole = audio.probe(Path(path))
         if whole == 0:

@@ -1,8 +1,8 @@
-"""A dataset -> WebDataset shards of it: `python prepare.py shard my_music my_shards`.
+"""Put a dataset into WebDataset shards: `python prepare.py shard my_music my_shards`.
 
-Plain tars of the recordings, or of files of tokens, and of their captions. In the order of the
-folder: training reads anywhere in them, and sees what it would see there. What reads them in turn
-shuffles by itself.
+Shards are plain tars of recordings or files of tokens, with their captions, in the folder's order.
+Training reads anywhere in them and sees what it would see in the folder; programs that read in
+sequence do their own shuffling.
 """
 
 import hashlib
@@ -24,14 +24,14 @@ from recordings import captions, scan, shards
 from recordings.audio import Source
 from recordings.track import Track
 
-RECORD = ".shards.json"  # in the new folder: a digest of what goes into them, and their name
+RECORD = ".shards.json"  # in the new folder: a hash of the shards' content, and their name
 MB = 10**6
 
 
 def shard(config: ShardConfig) -> bool:
-    """Write the shards that are not there yet; True.
+    """Write the shards that are not there yet; return True.
 
-    Errors: UserError that names what can't be used, or a file in the way.
+    Raises: UserError that names what can't be used, or a file in the way.
     """
     out = Path(config.output_dir)
     files.check_outside(out, config.dataset_path, "--output_dir")
@@ -47,18 +47,18 @@ def shard(config: ShardConfig) -> bool:
     return True
 
 
-Part = dict[str, tuple[Track, dict[str, bytes]]]  # of a shard: key -> recording, captions
+Part = dict[str, tuple[Track, dict[str, bytes]]]  # one shard's content: key -> recording, captions
 
 
 def _plan(tracks: list[Track], size: int) -> list[Part]:
-    """What goes into each shard of up to `size` bytes, or of one recording. Errors: UserError."""
+    """Return what goes into each shard of `size` bytes, or of one recording. Raises: UserError."""
     plan, first, room = list[Part](), dict[str, Track](), 0
     for track in tracks:
         key = _key(track)
         other = first.setdefault(key, track)
         if other is not track:
             raise UserError(
-                f"{other.place} and {track.place}: would both be {key} in the shards, as a name "
+                f"{other.place} and {track.place}: would both be {key} in the shards, where a name "
                 "ends at its first dot: rename one"
             )
         try:
@@ -76,7 +76,7 @@ def _plan(tracks: list[Track], size: int) -> list[Part]:
 
 
 def _key(track: Track) -> str:
-    """A recording's name in a shard, without suffix; without what dataset.py takes from no tar."""
+    """Return a recording's name in a shard, without suffix and characters we refuse in tars."""
     path = PurePosixPath(track.key)
     name = path.with_name(path.stem.replace(".", "_")).as_posix()
     return "".join("_" if c in "\\:" or shards.is_control(c) else c for c in name)
@@ -87,9 +87,9 @@ def _size(track: Track) -> int:
 
 
 def _start(out: Path, plan: list[Part]) -> str:
-    """What the shards are called in a new folder, or in one that was begun for the same plan.
+    """Start or continue a folder of shards; return their name. Raises: UserError.
 
-    Errors: UserError.
+    A folder is continued if it was started for the same plan.
     """
     digest = hashlib.sha256()
     for part in plan:
@@ -103,7 +103,7 @@ def _start(out: Path, plan: list[Part]) -> str:
 
 
 def _files(part: Part) -> Iterator[tuple[str, int, Source | bytes]]:
-    """(name, size, content) of the members of a shard."""
+    """Yield (name, size, content) of a shard's members."""
     for key, (track, beside) in part.items():
         yield key + track.source.suffix, _size(track), track.source
         for suffix, content in beside.items():
@@ -121,7 +121,7 @@ def _is_whole(path: Path, part: Part) -> bool:
 def _write(file: BinaryIO, part: Part) -> None:
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, size, content in _files(part):
-            info = tarfile.TarInfo(name)  # of no one, from 1970: the same in every run
+            info = tarfile.TarInfo(name)  # no owner, dated 1970: the same in every run
             info.size = size
             if isinstance(content, bytes):
                 tar.addfile(info, io.BytesIO(content))

@@ -306,7 +306,7 @@ def test_what_changed_between_two_runs_is_told(run, tmp_path):
     told = run(data, split_silences=1)
     assert told.code == 1
     assert "clip0.wav: has changed" in told.out
-    assert "not in" in told.out and "clip1.wav" in told.out
+    assert "no longer in" in told.out and "clip1.wav" in told.out
 
     before = everything(out)
     wav = audio(data / "clip0.wav")

@@ -160,7 +160,7 @@ def _die(track):
 def test_a_decoder_that_ends_its_process_is_told(look, tmp_path, monkeypatch):
     data = write_pairs(tmp_path / "data", seconds=(1.0,))
     monkeypatch.setattr("commands.check._listen_or_say", _die)
-    assert "clip0.wav: it, or a file soon after it, made the process end" in look(data).err
+    assert "clip0.wav: this file, or one soon after it, ended the process" in look(data).err
 
 
 def test_of_damaged_files_none_crashes_it_and_none_is_passed_over(capsys):
