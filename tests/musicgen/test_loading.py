@@ -356,7 +356,7 @@ def test_the_dropout_settings_of_a_published_config_are_no_obstacle(mono_folder,
     ("package", "what"),
     [
         ("raise ModuleNotFoundError('gone', name='audiocraft')", "audiocraft is not installed"),
-        ("__version__ = '1.2.0'", "audiocraft 1.2.0 is installed, and this needs 1.3.0"),
+        ("__version__ = '1.2.0'", "audiocraft 1.2.0 is installed, but 1.3.0 is needed"),
     ],
 )
 @pytest.mark.parametrize("script", ["run.py", "generate.py", "export.py", "prepare.py"])

@@ -413,14 +413,14 @@ def broken(path: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("damaged", "it is damaged, or is not the learned_embeds.safetensors"),
-        ("no safetensors", "it is damaged, or is not the learned_embeds.safetensors"),
+        ("damaged", "it is damaged, or is not a learned_embeds.safetensors"),
+        ("no safetensors", "it is damaged, or is not a learned_embeds.safetensors"),
         ("a matrix", "is not the vector of one word"),
         ("two", "is not the vector of one word"),
         ("not finite", "is not the vector of one word"),
         (
             "wide",
-            "does not fit the model: <my-style> has 64 numbers, a word of its text encoder 32",
+            "does not fit the model: <my-style> has 64 numbers, but its text encoder needs 32",
         ),
         ("known", "the text encoder has the word piano already"),
     ],
