@@ -1,6 +1,6 @@
-"""`make demo`: teach the tiny MusicGen in demo/model/ a style, and hear and see what changed.
+"""`make demo`: teach the tiny MusicGen in demo/model/ a style; hear and see what changed.
 
-Two minutes on two cores. Everything it makes is in demo/output/: delete that to start afresh.
+Takes two minutes on two cores. Everything it makes is in demo/output/: delete that to start afresh.
 """
 
 import json
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from demo.measure import Audio
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # `python demo/demo.py` only has demo/ in it
+sys.path.insert(0, str(ROOT))  # `python demo/demo.py` puts only demo/ there
 
-DATASET, WORK = Path("demo/dataset"), Path("demo/output")  # relative to ROOT, where all runs
+DATASET, WORK = Path("demo/dataset"), Path("demo/output")  # relative to ROOT
 MODELS, BEFORE, AFTER = WORK / "models", WORK / "before", WORK / "after"
 PICTURE = WORK / "before_after.png"
 PROMPTS = [
@@ -43,7 +43,7 @@ GENERATE: dict[str, Any] = {
     "model_id": "demo",
     "duration": 8,
     "variations": 4,
-    "top_k": 50,  # of 512 codes: a model this small is not sure enough for the default of 250
+    "top_k": 50,  # of 512 codes: so small a model is too unsure for the default of 250
     "temperature": 0.8,
     "overwrite": 1,
 }
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def run(script: str, flags: dict[str, Any], *, quiet: bool = False) -> None:
-    """Run one of the project's scripts as a user would; ends this one too if it fails."""
+    """Run one of the project's scripts as a user would; exit if it fails."""
     words = [script, *(f"--{name}={value}" for name, value in flags.items())]
     if not quiet:
         print(f"\n$ python {shlex.join(words)}", flush=True)
@@ -70,7 +70,7 @@ def run(script: str, flags: dict[str, Any], *, quiet: bool = False) -> None:
 
 
 class Changes(NamedTuple):
-    """Pieces before and after, the held-out clips, and (before, after) in numbers."""
+    """Pieces before and after, the held-out clips, and numbers (before, after)."""
 
     before: list["Audio"]
     after: list["Audio"]
@@ -81,7 +81,7 @@ class Changes(NamedTuple):
 
 
 def changes(models: Path, before: Path, after: Path) -> Changes:
-    """What the run in `models` changed, by its log and by the wav files in two folders."""
+    """Find what the run in `models` changed, from its log and the wav files in two folders."""
     from demo import measure
     from training.report import read_rows
 
@@ -106,7 +106,7 @@ def changes(models: Path, before: Path, after: Path) -> Changes:
 
 
 def summary() -> str:
-    """What changed, in numbers, and where to look and listen; draws the picture."""
+    """Draw the picture; return what changed, in numbers, and where to look and listen."""
     from demo import measure
 
     found = changes(ROOT / MODELS, ROOT / BEFORE, ROOT / AFTER)

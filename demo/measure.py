@@ -1,4 +1,4 @@
-"""What music sounds like, in numbers: for the demo, its tests and the making of its model.
+"""Measure what music sounds like, for the demo, its tests and the making of its model.
 
 Sounds are float arrays [samples], mono, at 32 kHz.
 """
@@ -24,12 +24,12 @@ Array = npt.NDArray[np.float64]
 
 
 def read(path: Path) -> Audio:
-    """A wav file as this module takes it: mono, 32 kHz."""
+    """Read a wav file as this module needs it: mono, 32 kHz."""
     return librosa.load(path, sr=RATE, res_type="soxr_hq")[0]
 
 
 def log_mel(wav: Audio, bands: int = BANDS, hop: int = 2 * FRAME) -> Array:
-    """Mel spectrogram in dB under its own loudest value [frames, bands], floor -60."""
+    """Return the mel spectrogram in dB below its loudest value [frames, bands], floor -60."""
     power = librosa.feature.melspectrogram(
         y=wav, sr=RATE, n_fft=4096, hop_length=hop, n_mels=bands, fmin=60, fmax=12000
     )
@@ -37,10 +37,10 @@ def log_mel(wav: Audio, bands: int = BANDS, hop: int = 2 * FRAME) -> Array:
 
 
 def frechet_distance(one: Sequence[Audio], other: Sequence[Audio]) -> float:
-    """Fréchet distance of two sets of clips, on log-mel spectra of 100 ms.
+    """Return the Fréchet distance of two sets of clips, in dB²; 0 for equal sets.
 
-    Of their means and covariances, in dB²; 0 for equal sets. Log-mel spectra, not the codec's
-    latents: they don't depend on the model that is judged, and they hear timbre and register.
+    It compares means and covariances of log-mel spectra of 100 ms. Unlike the codec's latents,
+    these don't depend on the model that is judged, and they reflect timbre and register.
     """
     (mean, cov), (other_mean, other_cov) = (
         (frames.mean(axis=0), np.cov(frames.T))
@@ -51,21 +51,22 @@ def frechet_distance(one: Sequence[Audio], other: Sequence[Audio]) -> float:
 
 
 def si_sdr(wav: Audio, reference: Audio) -> float:
-    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al., 2019)."""
+    """Return the scale-invariant signal-to-distortion ratio in dB (Le Roux et al., 2019)."""
     target = np.dot(wav, reference) / np.dot(reference, reference) * reference
     return float(10 * np.log10(np.sum(target**2) / np.sum((wav - target) ** 2)))
 
 
 def log_mel_distance(wav: Audio, reference: Audio) -> float:
-    """Mean absolute difference of 64-band log-mel spectra of 50 ms, in dB."""
+    """Return the mean absolute difference of 64-band log-mel spectra of 50 ms, in dB."""
     one, other = (log_mel(sound, 64, FRAME) for sound in (wav, reference))
     return float(np.abs(one - other).mean())
 
 
 def notes_kept(wav: Audio, reference: Audio) -> tuple[int, int]:
-    """Frames of 50 ms whose strongest pitch is the reference's within a semitone, and all frames.
+    """Count the 50 ms frames whose strongest pitch is within a semitone of the reference's.
 
-    Only those where the reference has a pitch: a spectral peak within 40 dB of its loudest.
+    Return that count, and the count of all frames in which the reference has a pitch: a spectral
+    peak within 40 dB of its loudest.
     """
     (pitch, _), (other, level) = (_strongest_pitch(sound) for sound in (wav, reference))
     voiced = (other > 0) & (level > 0.01 * level.max())
@@ -74,7 +75,7 @@ def notes_kept(wav: Audio, reference: Audio) -> tuple[int, int]:
 
 
 def _strongest_pitch(wav: Audio) -> tuple[Array, Array]:
-    """Frequency in Hz and magnitude of the highest spectral peak of each 50 ms."""
+    """Return the frequency in Hz and magnitude of the highest spectral peak of each 50 ms."""
     pitches, levels = librosa.piptrack(
         y=wav, sr=RATE, n_fft=4096, hop_length=FRAME, fmin=60, fmax=2500, threshold=0.0
     )
@@ -83,7 +84,7 @@ def _strongest_pitch(wav: Audio) -> tuple[Array, Array]:
 
 
 def features(wav: Audio) -> Array:
-    """Timbre of each two seconds [windows, features]: MFCCs, their spread and their changes."""
+    """Return the timbre of each two seconds [windows, features]: MFCCs, spread and changes."""
     length = int(WINDOW_SEC * RATE)
     rows = []
     for start in range(0, max(1, len(wav) - length // 2), length):
@@ -98,7 +99,7 @@ def features(wav: Audio) -> Array:
 def draw_before_after(
     before: Sequence[Audio], after: Sequence[Audio], style: Sequence[Audio], path: Path
 ) -> None:
-    """Spectrograms side by side, a row for each of up to four pieces, in one picture file."""
+    """Draw spectrograms side by side into one picture, a row for each of up to four pieces."""
     count = min(4, len(before))
     figure = Figure(figsize=(13, 2.4 * count), layout="constrained")
     axes = figure.subplots(count, 3, squeeze=False, sharey=True)
@@ -132,11 +133,11 @@ class Judge:
         )
 
     def __call__(self, wav: Audio) -> Array:
-        """Probability of each instrument [instruments], the mean over windows of two seconds."""
+        """Return each instrument's probability [instruments], averaged over windows of 2 s."""
         scores = (features(wav) - self._mean) / self._scale @ self._weights + self._bias
         odds = np.exp(scores - scores.max(axis=1, keepdims=True))
         return (odds / odds.sum(axis=1, keepdims=True)).mean(axis=0)
 
     def verdict(self, wav: Audio) -> str:
-        """The likeliest instrument."""
+        """Return the most likely instrument."""
         return self.instruments[int(self(wav).argmax())]

@@ -1,4 +1,4 @@
-"""A small dataset made from nothing: songs synthesised with numpy, and captions of them."""
+"""Make a small dataset from nothing: songs synthesised with numpy, and their captions."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -24,7 +24,7 @@ PROGRESSIONS = {  # scale degrees of the chords' roots, 0 = tonic; one chord a b
 def build_dataset(folder: Path, *, clips: int = 8, seconds: float = 35.0, seed: int = 0) -> Path:
     """Write `clips` pairs of .wav and .txt: synthesised music and a caption that describes it.
 
-    44.1 kHz, 16 bit, peaks at -3 dBFS, every other clip mono; the same files for the same seed.
+    44.1 kHz, 16-bit, peaks at -3 dBFS, every other clip mono; the same seed gives the same files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(clips):
@@ -110,7 +110,7 @@ def song(index: int, seconds: float, rate: int, seed: int = 0) -> tuple[Audio, s
 
 @lru_cache(maxsize=64)
 def _pluck(hz: float, sec: float, rate: int) -> Audio:
-    """A string (Karplus-Strong): a burst of noise goes round and is averaged in each period."""
+    """Play a string (Karplus-Strong): a burst of noise, repeated and averaged every period."""
     period, cycles = int(rate / hz), np.arange(int(hz * sec) + 2)[:, None]
     harmonics = np.arange(period // 2 + 1)
     burst = np.fft.rfft(np.random.default_rng(period).uniform(-1, 1, period))
@@ -118,21 +118,21 @@ def _pluck(hz: float, sec: float, rate: int) -> Audio:
     loss = np.cos(np.pi * harmonics / period) * 10 ** (-3 / (2 * hz))  # -60 dB in 2 s or less
     wave = np.fft.irfft(burst * loss**cycles, n=period).ravel()
     wave *= 0.3 / wave[:period].std()
-    # A period of whole samples is a little sharp: read it slower, to be in tune.
+    # A period of whole samples is a little sharp: read it more slowly, to be in tune.
     times = np.arange(int(sec * rate)) * (period * hz / rate)
     return _shape(np.interp(times, np.arange(len(wave)), wave), rate)
 
 
 @lru_cache(maxsize=64)
 def _bell(hz: float, sec: float, rate: int) -> Audio:
-    """Frequency modulation with an inharmonic ratio."""
+    """Play a bell: frequency modulation with an inharmonic ratio."""
     t = np.arange(int(sec * rate)) / rate
     modulator = 1.2 * np.exp(-4 * t) * np.sin(2 * np.pi * 3.5 * hz * t)
     return _shape(0.6 * np.sin(2 * np.pi * hz * t + modulator) * np.exp(-2.5 * t), rate)
 
 
 def _tone(partials: tuple[float, ...], decay: float, attack: float, vibrato: float = 0) -> Voice:
-    """A voice of harmonics; `decay` per second, `attack` in seconds, `vibrato` in radians."""
+    """Return a voice of harmonics; `decay` per second, `attack` in seconds, vibrato in radians."""
 
     @lru_cache(maxsize=64)
     def voice(hz: float, sec: float, rate: int) -> Audio:
@@ -145,7 +145,7 @@ def _tone(partials: tuple[float, ...], decay: float, attack: float, vibrato: flo
 
 
 def _drum(hz: float, brightness: int, decay: float) -> Voice:
-    """A sine that falls to `hz`, or at 0 Hz noise, high-passed `brightness` times."""
+    """Return a drum: a sine falling to `hz`, or for 0 Hz, noise high-passed `brightness` times."""
 
     @lru_cache(maxsize=4)
     def voice(_: float, sec: float, rate: int) -> Audio:
@@ -159,14 +159,14 @@ def _drum(hz: float, brightness: int, decay: float) -> Voice:
 
 
 def _shape(wave: Any, rate: int, attack_sec: float = 0.002) -> Audio:
-    """Ramps at both ends, so that no note clicks."""
+    """Ramp both ends, so that no note clicks."""
     t = np.arange(len(wave)) / rate
     ends = np.minimum(t / attack_sec, (t[-1] - t) / max(0.04, attack_sec))
     return np.asarray(wave * np.minimum(ends, 1), dtype=np.float32)
 
 
 def _reverb(mix: Audio, rate: int, length_sec: float = 1.2, wet: float = 0.25) -> Audio:
-    """A room: each channel [2, samples] convolved with its own decaying noise."""
+    """Add a room: convolve each channel [2, samples] with its own decaying noise."""
     t = np.arange(int(length_sec * rate)) / rate
     room = np.random.default_rng(0).normal(size=(2, len(t))) * np.exp(-6 * t)
     room *= wet / np.sqrt((room**2).sum(axis=1, keepdims=True))

@@ -1,7 +1,7 @@
-"""A tiny MusicGen made from nothing: for the demo, tests and benchmarks.
+"""Make a tiny MusicGen from nothing, for the demo, tests and benchmarks.
 
-The model has the published one's architecture, files and config, with random weights; only the
-sizes differ. Nothing here touches the network.
+The model has a published one's architecture, files and config, but random weights and other
+sizes. Nothing here touches the network.
 
 Letters: B batch, K codebooks, T token frames, D width, N vectors, card = codebook size.
 """
@@ -46,11 +46,10 @@ def build_musicgen(
     """Write a random-weight MusicGen in audiocraft's exported format, its text encoder in `t5/`.
 
     The published small is dim=1024, num_heads=16, num_layers=24, card=2048, n_filters=64,
-    codec_dim=128, t5_dim=768; AudioGen has sample_rate=16000. Plain audiocraft takes t5_dim=768
-    only, see `build_hub_cache`. As published, the LM is stored in float16 and the codec in float32.
-    To sample with a card under 250, give audiocraft a lower top_k than its default.
+    codec_dim=128, t5_dim=768; AudioGen has sample_rate=16000. Plain audiocraft requires
+    t5_dim=768, see `build_hub_cache`. As published, the LM is stored in float16 and the codec in
+    float32. Sampling with a card under 250 needs a lower top_k than audiocraft's default.
     """
-
     import torch
     from audiocraft.models.builders import get_compression_model
     from omegaconf import OmegaConf
@@ -95,8 +94,8 @@ def build_t5(
 ) -> Path:
     """Write a random-weight T5 encoder of width `dim` with its tokenizer, in Hugging Face format.
 
-    t5-base is dim=768, num_layers=12. The `words` are one token each, other words are spelled
-    letter by letter; what is beyond Latin-1 is the unknown token, as in the real T5.
+    t5-base is dim=768, num_layers=12. Each of `words` is one token, and other words are spelled
+    letter by letter. Characters beyond Latin-1 are the unknown token, as in the real T5.
     """
     import torch
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
@@ -129,7 +128,7 @@ def build_hub_cache(
     """Lay out a Hugging Face cache with `model` under a published name and its T5 as t5-base.
 
     With HF_HOME set to it and HF_HUB_OFFLINE=1, `MusicGen.get_pretrained(repo_id)` loads it.
-    `model` comes from `build_musicgen(..., t5_dim=768)`: the width audiocraft has for t5-base.
+    `model` comes from `build_musicgen(..., t5_dim=768)`: audiocraft expects t5-base's width.
     """
     weights = [model / "state_dict.bin", model / "compression_state_dict.bin"]
     for name, files in ((repo_id, weights), ("t5-base", sorted((model / "t5").iterdir()))):
@@ -144,13 +143,13 @@ def build_hub_cache(
 
 
 def _fit_codec(codec: Any, seed: int, clip_sec: float = 10.0) -> None:
-    """Make a random codec's codes follow the sound, and its sound the codes, on some music.
+    """Fit a random codec to some music, so that codes follow the sound and the sound the codes.
 
-    As it comes, the encoder hardly leaves its mean and the decoder hums at the frame rate whatever
-    the codes, for their biases: drop those, scale what the encoder gives to mean 0 and deviation 1,
-    and fit the codebooks to it. As it comes, the codes also follow the phase of the waves, as good
-    as chance for a language model: smooth them over the last kernel's 7 frames. The decoder's
-    level is set to -20 dBFS.
+    Because of its biases, a random encoder hardly leaves its mean, and the decoder hums at the
+    frame rate whatever the codes. So drop the biases, scale the encoder's output to mean 0 and
+    deviation 1, and fit the codebooks to it. The codes also follow the phase of the waves, which
+    looks random to a language model, so smooth them over the last kernel's 7 frames. Set the
+    decoder's level to -20 dBFS.
     """
     import torch
 
@@ -190,9 +189,9 @@ def _scale_last_conv(network: Any, mean: Any, scale: Any) -> None:
 
 
 def _kmeans(vectors: Any, count: int, iterations: int = 10) -> tuple[Any, Any]:
-    """Lloyd's algorithm on [N, D] -> centers [count, D], index of each vector's center [N].
+    """Run Lloyd's algorithm on [N, D] -> centers [count, D], index of each vector's center [N].
 
-    audiocraft's own holds N x card x D differences: 6 GB for the true small.
+    audiocraft's own holds N x card x D differences: 6 GB at the true size of small.
     """
     import torch
 
@@ -207,7 +206,7 @@ def _kmeans(vectors: Any, count: int, iterations: int = 10) -> tuple[Any, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of transformers, no deprecation warnings on audiocraft's behalf."""
+    """Silence transformers' progress bars and audiocraft's deprecation warnings."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,9 +1,9 @@
-"""Train the demo's codec, EnCodec in miniature, on rendered music; about an hour on 2 cores.
+"""Train the demo's codec, a miniature EnCodec, on rendered music; about an hour on 2 cores.
 
     python -m demo.build.codec
 
-Reads demo/output/build/{pretrain,codec}/, leaves codec.bin beside them, in half precision and
-audiocraft's exported format, and codec.png beside this file. A run that was stopped goes on from
+Reads demo/output/build/{pretrain,codec}/; writes codec.bin beside them, in half precision and
+audiocraft's exported format, and codec.png beside this file. A run that was stopped continues from
 its last checkpoint.
 """
 
@@ -38,27 +38,27 @@ STEPS = 8_500
 PLAIN_STEPS = 600  # first, without the quantizer
 BATCH_SIZE, CROP_SEC = 8, 1.0
 LR = 1e-3
-CODEC_SHARE = 0.25  # of the crops are of other instruments than the language model's
-DEAD = 0.15  # uses of an entry per batch, on average, under which it is given a new vector
+CODEC_SHARE = 0.25  # of the crops have other instruments than the language model's
+DEAD = 0.15  # mean uses of an entry per batch, below which it gets a new vector
 DECODER_STEPS, DECODER_LR = 1_500, 5e-4
 SAVE_EVERY = 500
-INPUT_GAIN = 3.0  # music is at about -20 dBFS, and the network likes numbers near 1
+INPUT_GAIN = 3.0  # music is at about -20 dBFS, but the network works best with numbers near 1
 
 
 def config() -> Any:
-    """The codec's config: the published one with our sizes."""
+    """Return the codec's config: the published one with our sizes."""
     return OmegaConf.merge(OmegaConf.create(published.CODEC_CONFIG), SIZES)
 
 
 def build(cfg: Any) -> Any:
-    """An untrained codec on the CPU."""
+    """Build an untrained codec on the CPU."""
     here = {"device": "cpu", "dtype": "float32", "rvq": {"threshold_ema_dead_code": 0}}
     merged: Any = OmegaConf.merge(cfg, here)
     return get_compression_model(merged)
 
 
 def main() -> None:
-    """Train all of it; then the decoder alone, which leaves the codes as they are."""
+    """Train the whole codec, then only the decoder, which leaves the codes as they are."""
     torch.manual_seed(0)
     codec = build(config())
     _init(codec)
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def _fit(codec: Any, name: str, steps: int, lr: float) -> None:
-    """Train what is named, the codec or its decoder; leaves name.pt and name.jsonl."""
+    """Train the part `name`, codec or decoder; write name.pt and name.jsonl."""
     is_all = name == "codec"
     trained = codec if is_all else codec.decoder
     optimizer = torch.optim.AdamW(trained.parameters(), lr, betas=(0.8, 0.99), weight_decay=1e-3)
@@ -117,7 +117,7 @@ def _fit(codec: Any, name: str, steps: int, lr: float) -> None:
 
 
 def _batch(crops: list[list[Path]], rng: np.random.Generator) -> torch.Tensor:
-    """Random crops [B, 1, samples] at random levels, as users' recordings have them."""
+    """Return random crops [B, 1, samples] at random levels, like users' recordings."""
     frames = int(CROP_SEC * RATE)
     wavs: list[np.ndarray] = []
     while len(wavs) < BATCH_SIZE:
@@ -129,7 +129,7 @@ def _batch(crops: list[list[Path]], rng: np.random.Generator) -> torch.Tensor:
 
 
 def _encode(codec: Any, wav: torch.Tensor, *, is_plain: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents [B, D, T], quantized unless `is_plain`, and the quantization error beside them."""
+    """Return latents [B, D, T], quantized unless `is_plain`, and the quantization error."""
     latents = codec.encoder(wav)
     if is_plain:
         return latents, torch.zeros(())
@@ -139,16 +139,16 @@ def _encode(codec: Any, wav: torch.Tensor, *, is_plain: bool) -> tuple[torch.Ten
 
 
 def _losses(out: torch.Tensor, wav: torch.Tensor, mel_loss: Any) -> dict[str, torch.Tensor]:
-    """L1 relative to each clip's level, and multi-scale mel distance."""
+    """Return L1 relative to each clip's level, and multi-scale mel distance."""
     level = wav.abs().mean(dim=(1, 2), keepdim=True) + 1e-3
     return {"l1": ((out - wav).abs() / level).mean(), "mel": mel_loss(out, wav)}
 
 
 def _init(codec: Any) -> None:
-    """Weights under which a signal passes both ways at an even level.
+    """Set weights that keep the level of a signal even, both forward and backward.
 
-    torch's own shrink it at every layer and add biases to what is left: after 300 steps nothing
-    of the waveform came through (SI-SDR under -5 dB on held-out clips, 3 to 4 dB with this).
+    torch's own initialization shrinks it at every layer and adds biases to what is left: after 300
+    steps none of the waveform came through (SI-SDR under -5 dB on held-out clips; 3 to 4 dB here).
     """
     modules: Iterator[tuple[str, Any]] = codec.named_modules()
     for name, conv in modules:
@@ -172,10 +172,10 @@ def _init(codec: Any) -> None:
 
 @torch.no_grad()
 def _revive(codec: Any, wav: torch.Tensor) -> None:
-    """Give entries that are hardly used a vector of this batch.
+    """Give hardly used entries a vector from this batch.
 
-    audiocraft's own way has no effect: it changes `embed`, which the same step's moving average
-    then overwrites.
+    audiocraft's own method has no effect: it changes `embed`, which the moving average of the same
+    step then overwrites.
     """
     residual = codec.encoder(wav).transpose(1, 2).flatten(0, 1)  # [B * T, D]
     for level in codec.quantizer.vq.layers:

@@ -1,7 +1,7 @@
 """Fit the demo's judge of instruments on rendered clips: `python -m demo.build.judge`.
 
-A logistic regression on timbre; leaves demo/judge.json. The clips go through the codec too, so
-that the judge knows how instruments sound after it.
+Writes demo/judge.json, a logistic regression on timbre. Clips are also passed through the codec,
+so that the judge knows how instruments sound after it.
 """
 
 import json
@@ -43,7 +43,7 @@ def main() -> None:
     JUDGE.write_text(json.dumps(state) + "\n")
     rows, row_labels = _rows(model, *held_out)
     right = classifier.score(scaler.transform(rows), row_labels)
-    print(f"judge: {right:.1%} of held-out windows of 2 s right, of {len(NAMES)} instruments")
+    print(f"judge: right in {right:.1%} of held-out windows of 2 s, among {len(NAMES)} instruments")
 
 
 def _clips(captions: list[Path], count: int) -> tuple[list[np.ndarray], list[str]]:
@@ -62,7 +62,7 @@ def _clips(captions: list[Path], count: int) -> tuple[list[np.ndarray], list[str
 def _rows(
     model: load.Model, wavs: list[np.ndarray], labels: list[str]
 ) -> tuple[np.ndarray, list[str]]:
-    """Features of every clip and of its copy out of the codec, with their labels."""
+    """Return the features of every clip and of its copy from the codec, with labels."""
     rows, row_labels = [], []
     for wav, label in zip(wavs, labels, strict=True):
         codec = model.compression_model

@@ -3,8 +3,8 @@
     python -m demo.build.model
 
 Trains the codec if that has not been done, then the language model from random weights with this
-project's own trainer, both on demo/output/build/; leaves demo/model/ in audiocraft's exported
-format. What was stopped goes on where it was.
+project's own trainer, both on demo/output/build/; writes demo/model/ in audiocraft's exported
+format. A build that was stopped continues where it was.
 """
 
 import shutil
@@ -67,7 +67,7 @@ def main() -> None:
             segment_sec=WINDOW_SEC,
             words=WORDS,
         )
-    # as it is shipped: what the language model learns is what that codec says
+    # the codec as it is shipped: the language model must learn the codes of that one
     shutil.copy(codec.EXPORTED, START / "compression_state_dict.bin")
     if not (PRETRAINED / "lm_final.pt").exists():
         run("run.py", PRETRAIN | {"resume": int((PRETRAINED / "resume.pt").exists())})
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def export() -> None:
-    """demo/model/ from what pretraining left."""
+    """Make demo/model/ from the result of pretraining."""
     shutil.copytree(START, MODEL, dirs_exist_ok=True)
     package = torch.load(START / "state_dict.bin", weights_only=True)
     lm = torch.load(PRETRAINED / "lm_final.pt", weights_only=True)

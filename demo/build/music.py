@@ -1,8 +1,8 @@
-"""Render all the music that the demo's model and dataset are made of, into demo/output/build/.
+"""Render the music for the demo's model into demo/output/build/, or the demo's dataset.
 
-pretrain/ is for codec and language model, pretrain_valid/ to measure both, codec/ for the codec
-alone, style/ for the judge of instruments; `dataset` makes the demo's. No piece is in two of them
-but codec/, which takes some of the others' training pieces.
+pretrain/ is for codec and language model, pretrain_valid/ to measure both, codec/ only for the
+codec, style/ for the judge of instruments; `dataset` renders demo/dataset/. No piece is in two of
+them, except that codec/ shares pieces with pretrain/ and style/.
 """
 
 import sys
@@ -24,22 +24,22 @@ from demo.build.render import (
 )
 from demo.build.scores import Piece, chorales, harmonise, oneill_jigs, ryan
 
-WORK = Path("demo/output/build")  # relative to the project's root, where all of this runs
+WORK = Path("demo/output/build")  # relative to the project's root
 DATASET = Path("demo/dataset")
 SECONDS = 30.0  # of a pretraining clip
-RENDERINGS = {"chorale": 3}  # of each piece with other instruments and keys; else 2
-VALID_EVERY = 20  # each so manieth piece is held out of pretraining
+RENDERINGS = {"chorale": 3}  # of each piece, with different instruments and keys; else 2
+VALID_EVERY = 20  # one piece in so many is held out of pretraining
 CODEC_CLIPS = 360
 STYLE_CLIPS = 50  # of the demo's style, for the judge
 TRAIN_JIGS, VALID_JIGS = 10, 4
 JIG_SECONDS, VALID_SECONDS = 10.5, 9.0
-DATASET_RATE = 24000  # Hz: there is nothing of an ocarina above 12 kHz, and the files are smaller
+DATASET_RATE = 24000  # Hz: an ocarina has nothing above 12 kHz, and the files are smaller
 
-Job = tuple[Path, str, Performance, float]  # folder, name, what is played, seconds
+Job = tuple[Path, str, Performance, float]  # folder, name, performance, seconds
 
 
 def build_pretrain() -> None:
-    """Chorales and tunes not called jigs on eight instruments; on others for the codec."""
+    """Render chorales and tunes other than jigs on eight instruments; for the codec on others."""
     pieces = [*chorales(), *(harmonise(piece) for piece in ryan() if piece.kind != "jig")]
     pieces = [piece for piece in pieces if piece.bar_length in (2, 3, 4)]
     jobs: list[Job] = []
@@ -64,7 +64,7 @@ def build_pretrain() -> None:
 
 
 def build_dataset() -> None:
-    """The demo's: O'Neill's jigs on the ocarina; the first ones to train, others held out."""
+    """Render O'Neill's jigs on the ocarina: the first ones to train on, the next held out."""
     jobs: list[Job] = []
     rng = np.random.default_rng(2)
     for index, piece in enumerate(_jigs()[: TRAIN_JIGS + VALID_JIGS]):
@@ -77,7 +77,7 @@ def build_dataset() -> None:
 
 
 def _jigs() -> Sequence[Piece]:
-    """O'Neill's jigs in a major key, settings of the same tune left out."""
+    """Return O'Neill's jigs in a major key, without other settings of the same tune."""
     jigs = [piece for piece in oneill_jigs() if piece.mode == "major"]
     return [
         Piece(**{**piece.__dict__, "kind": "jig"})

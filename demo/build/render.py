@@ -40,7 +40,7 @@ INSTRUMENTS = (  # what the language model is pretrained on
     Instrument("trumpet", 56),
     Instrument("flute", 73, 12),
 )
-STYLE = Instrument("ocarina", 79)  # the demo's: neither codec nor language model has heard it
+STYLE = Instrument("ocarina", 79)  # the demo's: neither codec nor language model was trained on it
 CODEC_ONLY = (
     Instrument("accordion", 21),
     Instrument("vibraphone", 11),
@@ -59,7 +59,7 @@ CODEC_ONLY = (
 
 @dataclass(frozen=True)
 class Performance:
-    """A piece with all that its sound and its caption depend on; equal ones sound the same."""
+    """A piece with everything that its sound and its caption depend on."""
 
     piece: Piece
     instrument: Instrument
@@ -69,7 +69,7 @@ class Performance:
 
     @property
     def caption(self) -> str:
-        """A sentence with instrument, kind, mood, key and tempo; its wording follows the seed."""
+        """A sentence with instrument, kind, mood, key and tempo, worded by the seed."""
         rng = np.random.default_rng((self.seed, 1))
         key = f"{KEYS[(self.piece.tonic + self.transpose) % 12]} {self.piece.mode}"
         if self.piece.kind == "chorale":
@@ -87,10 +87,10 @@ class Performance:
 
 
 def perform(performance: Performance, seconds: float) -> npt.NDArray[np.float32]:
-    """Play the beginning, again and again if it is short -> wav [samples] at 32 kHz, mono.
+    """Play a piece's first seconds, repeating it if it is short -> wav [samples] at 32 kHz, mono.
 
-    Each note comes some ms late and a little louder or softer, as hands do. -20 dBFS RMS, or less
-    where peaks would pass -1 dBFS.
+    Like hands, it plays each note some ms late and a little louder or softer. The level is -20
+    dBFS RMS, or less where peaks would pass -1 dBFS.
     """
     piece, rng = performance.piece, np.random.default_rng((performance.seed, 2))
     shift = performance.transpose + performance.instrument.shift
@@ -130,7 +130,7 @@ def perform(performance: Performance, seconds: float) -> npt.NDArray[np.float32]
 def write_pair(
     folder: Path, name: str, performance: Performance, seconds: float, rate: int = RATE
 ) -> None:
-    """Write the performance as folder/name.wav (mono, 16 bit) and its caption as name.txt."""
+    """Write a performance to folder/name.wav (mono, 16-bit) and its caption to name.txt."""
     wav = soxr.resample(perform(performance, seconds), RATE, rate)
     soundfile.write(folder / f"{name}.wav", wav, rate, subtype="PCM_16")
     (folder / f"{name}.txt").write_text(f"{performance.caption}\n", encoding="utf-8")
@@ -141,7 +141,7 @@ def _open_synth() -> tuple[Any, int]:
     soundfont = next((path for path in SOUNDFONTS if path.exists()), None)
     if not soundfont or not ctypes.util.find_library("fluidsynth"):
         raise SystemExit(
-            "FluidSynth and its soundfont FluidR3 play the scores: install them, "
+            "playing the scores needs FluidSynth and its soundfont FluidR3: install them, "
             "on Debian and Ubuntu with: apt-get install fluidsynth fluid-soundfont-gm"
         )
     import fluidsynth

@@ -1,7 +1,6 @@
 """Measure the demo's model on held-out music: `python -m demo.build.report`.
 
-Needs the music of `python -m demo.build.music pretrain`; leaves report.json beside
-this file.
+Needs the music of `python -m demo.build.music pretrain`; writes report.json beside this file.
 """
 
 import json
@@ -38,7 +37,7 @@ def main() -> None:
 
 @torch.no_grad()
 def codec_quality(model: load.Model, paths: list[Path]) -> dict[str, Any]:
-    """Means over clips, the share of entries in use by codebook, and of notes that survive."""
+    """Measure the codec: entries in use by codebook, distances, and the share of notes kept."""
     codec = model.compression_model
     used: list[set[int]] = [set() for _ in range(codec.num_codebooks)]
     distortion, distance, kept = [], [], np.zeros(2)
@@ -61,7 +60,7 @@ def codec_quality(model: load.Model, paths: list[Path]) -> dict[str, Any]:
 
 @torch.no_grad()
 def cross_entropies(model: load.Model, paths: list[Path], others: list[Path]) -> dict[str, Any]:
-    """Nats a token by codebook: the model's, of the codes' frequencies in `others`, of chance."""
+    """Return nats per token and codebook: model, frequencies of codes in `others`, chance."""
     lm, card = model.lm.eval(), model.lm.card
     counts = np.ones((lm.num_codebooks, card))
     for path in others:
@@ -73,14 +72,14 @@ def cross_entropies(model: load.Model, paths: list[Path], others: list[Path]) ->
     unigram = np.zeros(lm.num_codebooks)
     for path in paths:
         codes = _codes(model, path)
-        valid = torch.tensor([codes.shape[-1]])
+        lengths = torch.tensor([codes.shape[-1]])
         text, mask = text_encoder(
             [path.with_suffix(".txt").read_text().strip()], torch.device("cpu")
         )
-        sums += loss(codes, valid, text, mask)[0]
+        sums += loss(codes, lengths, text, mask)[0]
         for k, entries in enumerate(codes[0]):
             unigram[k] -= frequencies[k][entries.numpy()].sum()
-        tokens += token_counts(lm, valid, codes.shape[-1])
+        tokens += token_counts(lm, lengths, codes.shape[-1])
     frames = len(paths) * CLIP_SEC * model.frame_rate
     return {
         "model": [round(value, 3) for value in (sums / tokens).tolist()],
@@ -90,7 +89,7 @@ def cross_entropies(model: load.Model, paths: list[Path], others: list[Path]) ->
 
 
 def prompts_told_apart(model: load.Model, takes: int = 4, take_sec: float = 6.0) -> dict[str, Any]:
-    """How often the judge hears the instrument that the prompt named, among all it knows."""
+    """Count how often the judge hears the instrument that the prompt names, of all it knows."""
     judge, right = measure.Judge(), {}
     for instrument in INSTRUMENTS:
         wavs = sampling.generate(

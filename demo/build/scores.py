@@ -1,4 +1,4 @@
-"""Music in the public domain as plain notes: from the scores that music21 ships.
+"""Read music in the public domain as plain notes, from the scores that music21 ships.
 
 Bach's four-part chorales, and two printed collections of tunes: Ryan's Mammoth Collection (Boston,
 1883) and O'Neill's Music of Ireland (Chicago, 1903). The sources' terms are in demo/README.md.
@@ -45,7 +45,7 @@ class Piece:
 
 
 def chorales() -> Iterator[Piece]:
-    """Every four-part chorale by Bach that music21 has as MusicXML, in the order of BWV numbers."""
+    """Yield Bach's four-part chorales that music21 has as MusicXML, in order of BWV numbers."""
     from music21 import corpus
 
     for path in _corpus_files("bach", ".mxl"):
@@ -55,7 +55,7 @@ def chorales() -> Iterator[Piece]:
 
 
 def ryan() -> Iterator[Piece]:
-    """The tunes of Ryan's Mammoth Collection, by title; a tune music21 can't read is left out."""
+    """Yield the tunes of Ryan's Mammoth Collection that music21 can read, by title."""
     from music21 import corpus
 
     for path in _corpus_files("ryansMammoth", ".abc"):
@@ -64,7 +64,7 @@ def ryan() -> Iterator[Piece]:
 
 
 def oneill_jigs() -> Iterator[Piece]:
-    """The double jigs (numbers 732 to 981) of O'Neill's Music of Ireland, in the book's order."""
+    """Yield the double jigs (numbers 732 to 981) of O'Neill's Music of Ireland, in order."""
     from music21 import corpus
 
     names = ("0759-0810", "0811-0899", "0900-0950", "0951-0981")
@@ -76,7 +76,7 @@ def oneill_jigs() -> Iterator[Piece]:
 
 
 def harmonise(piece: Piece) -> Piece:
-    """Give a bare tune a bass and chords: per half bar the triad that holds most of the melody."""
+    """Add bass and chords to a tune: per half bar, the triad with most of the melody's notes."""
     half = piece.bar_length / 2
     notes = list(piece.notes)
     previous = 0
