@@ -1,15 +1,15 @@
-"""What reading clips costs: one, many, beside the original way; and starting with many.
+"""Measure what reading clips costs, compared with the original way, and starting with many clips.
 
     python -m benchmarks.data lengths   # a crop of a long file and of a short one
     python -m benchmarks.data rates     # clips a second from one worker, five ways; 0.2 GB
     python -m benchmarks.data scale     # two starts of run.py with 100,000 clips; 1.3 GB
     python -m benchmarks.data stream    # the memory that reading 10,000 clips in shards takes
 
-From the project's root, in a temporary folder that is removed; all is read from the system's file
+Run it in the project's root; it removes its temporary folder. All reads come from the system's file
 cache. `lengths` and `rates` write 44.1 kHz stereo 16-bit files of tones and noise. The original way
 is that of the first public trainer: decode the whole file, resample all of it with
-`torchaudio.functional.resample`, then crop. `scale` and `stream` have files of 0.6 s, as what they
-measure comes with the number of files.
+`torchaudio.functional.resample`, then crop. `scale` and `stream` use files of 0.6 s, as what they
+measure depends on the number of files.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ CROP_SEC = 30
 
 
 class WholeFiles(Clips):
-    """The original way. It loaded with torchaudio, which today is torchcodec or soundfile."""
+    """The original way. It loaded with torchaudio, now replaced by torchcodec or soundfile."""
 
     def __getitem__(self, pick: Pick) -> Clip:
         track = self.tracks[pick.index]
@@ -64,7 +64,7 @@ class WholeFiles(Clips):
 
 
 class RawBytes(Clips):
-    """The ceiling: as many bytes as a crop has in its file, from where it is, and no more."""
+    """The upper limit: read the bytes of a crop from its file, and do nothing else."""
 
     def __getitem__(self, pick: Pick) -> Clip:
         track = self.tracks[pick.index]
@@ -88,7 +88,7 @@ def write_track(path: Path, seconds: int) -> None:
 
 @contextlib.contextmanager
 def temporary() -> Iterator[Path]:
-    """A folder for everything, with a cache in it."""
+    """Make a temporary folder for everything, the cache included."""
     with tempfile.TemporaryDirectory() as name:
         os.environ["XDG_CACHE_HOME"] = f"{name}/cache"
         yield Path(name)
@@ -101,7 +101,7 @@ def make_clips(cls: type[Clips], tracks: list[Track], **options: Any) -> Clips:
 
 
 def lengths(minutes: int = 60, crops: int = 60) -> None:
-    """The same crop length out of 1 minute and out of many, in turns."""
+    """Time crops from a file of 1 minute and from one of many, in turns."""
     with temporary() as folder:
         for length_min in (1, minutes):
             write_track(folder / f"{length_min:03d}.wav", 60 * length_min)
@@ -119,11 +119,11 @@ def lengths(minutes: int = 60, crops: int = 60) -> None:
 
 
 def rates(files: int = 4, repeats: int = 5) -> None:
-    """Clips a second through the training's own loader with one worker, in turns.
+    """Measure clips a second through training's own loader with one worker, in turns.
 
     Args:
         files: tracks of 3 minutes.
-        repeats: runs of a worker, each way.
+        repeats: runs of a worker for each way.
     """
     with temporary() as folder:
         data = folder / "data"
@@ -133,11 +133,11 @@ def rates(files: int = 4, repeats: int = 5) -> None:
         with tarfile.open(folder / "shard.tar", "w") as tar:
             tar.add(data, ".")
         tracks, in_shard = scan(str(data)), scan(str(folder / "shard.tar"))
-        # The codec of the tests: the codes' values don't matter for the speed.
+        # The tests' codec: the values of the codes don't affect the speed.
         model = load.load_model(str(build_musicgen(folder / "model")), torch.device("cpu"))
         tokens = codec.tokens_of(model)
         codec.fill(model, tokens, tracks, 1)
-        ways = {  # and how many batches of each
+        ways = {  # and how many batches to read
             "original": (make_clips(WholeFiles, tracks), 5),
             "folder": (make_clips(Clips, tracks), 17),
             "shard": (make_clips(Clips, in_shard), 17),
@@ -162,7 +162,7 @@ def rates(files: int = 4, repeats: int = 5) -> None:
 
 
 def write_small(folder: Path, count: int) -> None:
-    """Recordings of 0.6 s with captions, 1000 in a folder."""
+    """Write recordings of 0.6 s with captions, 1000 in a folder."""
     wav = io.BytesIO()
     noise = np.random.default_rng(0).normal(0, 0.1, 4800)
     sf.write(wav, noise, 8000, format="WAV", subtype="PCM_16")
@@ -175,12 +175,12 @@ def write_small(folder: Path, count: int) -> None:
 
 
 def scale(count: int = 100_000) -> None:
-    """A first and a second start: scanning alone, and run.py with the demo model to step 1."""
+    """Time a first and a second start: only scanning, and run.py with the demo model to step 1."""
     with temporary() as folder:
         data = folder / "data"
         write_small(data, count)
         write_small(folder / "one", 1)
-        time.sleep(3)  # what has just changed is not kept in the index
+        time.sleep(3)  # the index does not keep files that have just changed
         run = f"""run.py --dataset_path={data} --model_id=demo --max_steps=1 --duration=1
             --batch_size=2 --device=cpu --overwrite=1 --output_dir={folder}/models"""
         for start in ("first", "second"):
@@ -194,9 +194,9 @@ def scale(count: int = 100_000) -> None:
 
 
 def _scanning(small: str, folder: str) -> tuple[float, int, int]:
-    """Seconds, and bytes that the process has grown by, after it and at its peak.
+    """Scan a folder -> seconds, and bytes that the process grew by, in the end and at its peak.
 
-    A `small` folder is scanned before, so that what is loaded at first use is not counted.
+    A `small` folder is scanned first, so that what is loaded on first use is not counted.
     """
     scan(small)
     before, began = psutil.Process().memory_info().rss, time.perf_counter()
@@ -221,7 +221,7 @@ def _first_step(command: list[str]) -> str:
 
 
 def stream(count: int = 10_000, shards: int = 10) -> None:
-    """Resident memory of training's loader and its worker, at each tenth of an epoch."""
+    """Measure the memory of training's loader and its worker at each tenth of an epoch."""
     with temporary() as folder:
         write_small(folder / "data", count)
         names = sorted((folder / "data").glob("*/*"))

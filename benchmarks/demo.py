@@ -1,10 +1,10 @@
-"""What fine-tuning does to the demo's model, over several seeds.
+"""Measure what fine-tuning does to the demo's model, over several seeds.
 
     python -m benchmarks.demo [--seeds=3]
 
-Does what `make demo` does with each seed, of training and of generation, and prints a table:
-cross entropy on the held-out jigs, Fréchet distance of eight generated pieces from them, and in
-how many of those a judge hears an ocarina, before and after. From the project's root.
+Does what `make demo` does, with each seed for training and generation, and prints a table, before
+and after: cross entropy on the held-out jigs, Fréchet distance of eight generated pieces from them,
+and in how many of the eight a judge hears an ocarina. Run it in the project's root.
 """
 
 import platform

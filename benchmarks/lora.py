@@ -1,11 +1,11 @@
-"""LoRA beside the full fine-tune: what it learns, and what a step takes.
+"""Compare LoRA with training all weights: what it learns, and how long a step takes.
 
     python -m benchmarks.lora learn     # the demo's model and data, held-out cross entropy
     python -m benchmarks.lora step      # the true size of small, in bf16: 12 GB
 
-From the project's root, on the CPU. `learn` trains as `make demo` does, but for the flags that it
-prints. `step` takes turns: a full step on one model, a LoRA step on another, both with random
-weights, on random codes of 30 s, batch 1.
+Run it in the project's root; it uses the CPU. `learn` trains as `make demo` does, except for the
+flags that it prints. `step` takes turns: a full step on one model, a LoRA step on another, both
+with random weights, on random codes of 30 s, batch 1.
 """
 
 import platform
@@ -26,7 +26,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "full": {},
     "LoRA 16": {"lora_rank": 16, "lr": 1e-2},
     "LoRA 64": {"lora_rank": 64, "lr": 5e-3},
-    "LoRA 16, ends too": {"lora_rank": 16, "lr": 1e-2, "lora_embeddings": 1},
+    "LoRA 16, embeddings too": {"lora_rank": 16, "lr": 1e-2, "lora_embeddings": 1},
 }
 
 

@@ -1,12 +1,12 @@
-"""Memory that training really takes, beside what --dry_run says.
+"""Compare the memory that training really takes with what --dry_run says.
 
     python -m benchmarks.memory measure     # the true small
     python -m benchmarks.memory table       # computes the README's table
 
-From the project's root. Each line is a process of its own: a language model of the true size with
-random weights takes two steps on random codes of 30 s, on the CPU in bf16; measured is the peak of
-the process (ru_maxrss) less what it held before it built the model. Text encoder and EnCodec are
-left out, of both numbers.
+Run it in the project's root. For each line, a fresh process builds a language model of the true
+size with random weights and takes two steps on random codes of 30 s, on the CPU in bf16. Measured
+is the peak of the process (ru_maxrss) minus what it held before it built the model. Both numbers
+leave out text encoder and EnCodec.
 """
 
 import multiprocessing
@@ -48,7 +48,7 @@ def flags(**changes: Any) -> Config:
 
 
 def measure() -> None:
-    """Each of MEASURED at the true size of small, and the prediction."""
+    """Measure each of MEASURED at the true size of small, and compare the estimate."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # else glibc keeps freed tensors under 32 MB
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
     print(f"{'measured':>10} {'computed':>10} {'ratio':>6}  flags")
@@ -69,7 +69,7 @@ def measure() -> None:
 
 
 def peak_of_two_steps(config: Config) -> int:
-    """Bytes that this process takes at most, in a fresh process."""
+    """Return how many bytes this process takes at its peak; needs a fresh process."""
     warm_up(config)
     before = psutil.Process().memory_info().rss
     trainer = Trainer(config)
@@ -93,14 +93,14 @@ class Trainer:
         self.optimizer = make_optimizer(config, self.trained)
 
     def step(self) -> None:
-        """As in train.py, after EnCodec and T5."""
+        """Take a step as train.py does after EnCodec and T5."""
         B = self.config.batch_size
         for _ in range(self.config.grad_acc):
             codes = torch.randint(self.lm.card, (B, self.lm.num_codebooks, FRAMES))
             text = torch.randn(B, memory.CAPTION_TOKENS, self.width)
-            valid, mask = torch.full((B,), FRAMES), torch.ones(text.shape[:2])
+            lengths, mask = torch.full((B,), FRAMES), torch.ones(text.shape[:2])
             with torch.autocast("cpu", DTYPE):
-                loss = TokenLoss(self.lm)(codes, valid, text, mask).mean()
+                loss = TokenLoss(self.lm)(codes, lengths, text, mask).mean()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         self.optimizer.step()
@@ -108,7 +108,7 @@ class Trainer:
 
 
 def warm_up(config: Config) -> None:
-    """What torch's libraries and the imports take once, whatever the model's size."""
+    """Load what torch's libraries and the imports take once, whatever the model's size."""
     memory.language_model(config, configs("small"), 2, DTYPE)
     with torch.autocast("cpu", DTYPE):
         layer = torch.nn.Linear(64, 64)
@@ -116,7 +116,7 @@ def warm_up(config: Config) -> None:
 
 
 def table() -> None:
-    """GB at the peak at 30 s in bf16, by what is trained and batch size."""
+    """Print the peak in GB at 30 s in bf16, by what is trained and batch size."""
     sizes = (1, 4, 8)
     ways: dict[str, dict[str, Any]] = {
         "all weights": {"optimizer": "adamw_8bit"},

@@ -1,9 +1,9 @@
-"""What the optimizers that take less memory learn, beside AdamW.
+"""Compare what AdamW and the optimizers that take less memory learn.
 
     python -m benchmarks.optimizer      # the demo's model and data, held-out cross entropy
 
-From the project's root, on the CPU; trains as `make demo` does, but in bf16 and with the flags that
-it prints.
+Run it in the project's root; it uses the CPU. It trains as `make demo` does, but in bf16 and with
+the flags that it prints.
 """
 
 import fire

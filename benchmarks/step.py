@@ -1,14 +1,14 @@
-"""What a training step costs here, beside the plain audiocraft way, and what the loop adds to it.
+"""Compare the cost of a training step with plain audiocraft's, and measure what the loop adds.
 
     python -m benchmarks.step                                          # 4 layers, batch 4
     python -m benchmarks.step --size=small --repeats=3 --loop_steps=0  # the true small: 9 GB
     python -m benchmarks.step --size=small --repeats=0 --cache_tokens=1  # only its loop, on tokens
 
-From the project's root. The model has random weights and is trained on random codes of 30 s, on
-the CPU in float32. The plain way is `LMModel.compute_predictions` and the loss of audiocraft's
-solver with AdamW as it comes. The two ways take turns on one model, each with its own optimizer.
-Memory is the peak of a process of its own for each way (ru_maxrss), less what it held before the
-first of two steps: gradients, Adam's moments and activations.
+Run it in the project's root. The model has random weights and is trained on random codes of 30 s,
+on the CPU in float32. The plain way is `LMModel.compute_predictions` and the loss of audiocraft's
+solver with torch's AdamW. The two ways take turns on one model, each with its own optimizer. Memory
+is the peak of a separate process for each way (ru_maxrss), minus what it held before the first of
+two steps: gradients, Adam's moments and activations.
 
 Letters: B batch, K codebooks, T token frames.
 """
@@ -61,26 +61,27 @@ SIZES: dict[str, dict[str, Any]] = {
 BATCH = {"bench": 4, "small": 1}
 CAPTIONS = ["slow piano waltz", "fast techno, 140 bpm", "a calm flute with soft drums", "loop"]
 CPU = torch.device("cpu")
-# A forward pass -> the loss, and what else is held through the backward pass; and an optimizer.
+CORE = ["forward", "backward", "clip", "optimizer"]  # pieces of a step that any loop has
+# A forward pass, which returns the loss and what else is kept for the backward pass; an optimizer.
 Way = tuple[Callable[[], tuple[torch.Tensor, ...]], torch.optim.Optimizer]
 
 
 def our_way(model: load.Model, codes: torch.Tensor, config: Config) -> Way:
-    """As in train.py, after EnCodec."""
+    """Return the way of train.py, after EnCodec."""
     lm, (B, _, T) = model.lm, codes.shape
     module, text_encoder = TokenLoss(lm), TextEncoder(lm)
-    valid = torch.full((B,), T)
+    lengths = torch.full((B,), T)
 
     def forward() -> tuple[torch.Tensor, ...]:
-        counts = token_counts(lm, valid, T)
-        loss = module(codes, valid, *text_encoder(CAPTIONS[:B], CPU))
+        counts = token_counts(lm, lengths, T)
+        loss = module(codes, lengths, *text_encoder(CAPTIONS[:B], CPU))
         return ((loss.sum(0) / counts).mean(),)
 
     return forward, make_optimizer(config, dict(lm.named_parameters()))
 
 
 def plain_way(model: load.Model, codes: torch.Tensor, config: Config) -> Way:
-    """As in audiocraft's solver, after EnCodec: solvers/musicgen.py, run_step."""
+    """Return the way of audiocraft's solver, after EnCodec: solvers/musicgen.py, run_step."""
     lm, (B, K, T) = model.lm, codes.shape
     attributes = [ConditioningAttributes(text={"description": c}) for c in CAPTIONS[:B]]
     padding_mask = torch.ones(B, K, T, dtype=torch.bool)
@@ -104,7 +105,7 @@ WAYS = {"ours": our_way, "plain": plain_way}
 
 
 def prepare(folder: Path, batch: int, ways: list[str]) -> tuple[nn.Module, list[Way]]:
-    """One model for all: each way has its own optimizer only, which at the true size fits."""
+    """Load one model for all ways, each with its own optimizer: more would not fit in memory."""
     model = load.load_model(str(folder), CPU)
     model.lm.train()
     shape = (batch, model.lm.num_codebooks, round(30 * model.frame_rate))
@@ -114,7 +115,7 @@ def prepare(folder: Path, batch: int, ways: list[str]) -> tuple[nn.Module, list[
 
 
 def timed_step(lm: nn.Module, way: Way) -> dict[str, float]:
-    """Take one step -> seconds of each phase, of all, and of all cores (CPU time)."""
+    """Take one step -> seconds of each phase, of the step, and of CPU time."""
     forward, optimizer = way
     cpu, marks = time.process_time(), [time.perf_counter()]
     outputs = forward()
@@ -131,32 +132,32 @@ def timed_step(lm: nn.Module, way: Way) -> dict[str, float]:
 
 
 def peak_memory_mb(folder: Path, batch: int, way: str) -> float:
-    """Of two steps; needs a fresh process."""
+    """Measure the peak of two steps; needs a fresh process."""
     lm, ways = prepare(folder, batch, [way])
     held = psutil.Process().memory_info().rss
     before = peak_rss()
     for _ in range(2):
         timed_step(lm, *ways)
     peak = peak_rss()
-    assert peak > before, "loading took more memory than training: the peak says nothing"
+    assert peak > before, "loading took more memory than training, so the peak tells nothing"
     return (peak - held) / 1e6
 
 
 def peak_rss() -> int:
-    """The most bytes that this process has held so far."""
+    """Return the most bytes that this process has held so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def compare(folder: Path, batch: int, repeats: int) -> None:
     memory = []
-    # For the children: glibc shall give back at once what is freed, or its holes are measured too.
+    # For the children: make glibc return freed memory at once, or its holes are measured too.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     for way in WAYS:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             memory.append(pool.apply(peak_memory_mb, (folder, batch, way)))
     lm, ways = prepare(folder, batch, list(WAYS))
-    losses = [forward()[0].item() for forward, _ in ways]  # they differ by audiocraft's padding
+    losses = [forward()[0].item() for forward, _ in ways]  # audiocraft's padding differs
     runs = [[timed_step(lm, way) for way in ways] for _ in range(repeats + 1)][1:]
     print(f"{'median seconds':22}{'ours':>10}{'plain':>10}{'ratio':>8}  ratios of neighbours")
     for name in runs[0][0]:
@@ -169,9 +170,38 @@ def compare(folder: Path, batch: int, repeats: int) -> None:
 
 
 def loop_overhead(folder: Path, batch: int, steps: int, cache_tokens: bool) -> None:
-    """Run the real training with timers around its pieces; what is none of the core is the loop."""
+    """Run the real training with timers around its pieces; all but the core is the loop."""
     data = music.build_dataset(folder / "data", clips=2 * batch)
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    rows = _time_training_pieces()
+    config = {
+        "dataset_path": str(data),
+        "model_id": str(folder),
+        "output_dir": str(folder / "out"),
+        "batch_size": batch,
+        "grad_acc": 1,
+        "max_steps": steps + 1,
+        "cache_tokens": cache_tokens,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.train(build(Config, config))
+
+    rows = rows[1:]  # the first starts the workers, encodes the captions, loads matplotlib
+    for row in rows:
+        row["other"] = row["step"] - sum(s for name, s in row.items() if name != "step")
+        row["core"] = sum(row[name] for name in CORE)
+        row["loop"] = row["step"] - row["core"] - row.get("EnCodec", 0.0)
+    total = sum(row["core"] for row in rows)
+    print(f"\n{'the loop, each step':22}{'median ms':>10}{'max ms':>10}{'sum / core':>11}")
+    for name in rows[0]:
+        times = [1000 * row[name] for row in rows]
+        share = sum(times) / total / 1000
+        print(f"{name:22}{statistics.median(times):10.1f}{max(times):10.1f}{share:11.2%}")
+    print(f"core: {', '.join(CORE)}; loop: the rest, except EnCodec; {steps} steps")
+
+
+def _time_training_pieces() -> list[dict[str, float]]:
+    """Patch timers into the training -> a list that gets a row of seconds after each step."""
     spent: dict[str, float] = defaultdict(float)  # seconds of each piece in the current step
     rows: list[dict[str, float]] = []
     marks: list[float] = []
@@ -190,14 +220,13 @@ def loop_overhead(folder: Path, batch: int, steps: int, cache_tokens: bool) -> N
         if len(marks) > 1:
             rows.append({"step": marks[-1] - marks[-2], **spent})
         spent.clear()
-        do_what_is_due(*args)  # nothing before the end, which is not timed
+        do_what_is_due(*args)  # does nothing before the end, which is not timed
 
     def timed_batches(*args: Any, **kwargs: Any) -> Iterator[Batch]:
         with contextlib.closing(train_batches(*args, **kwargs)) as batches:
             yield from iter(timed("waiting for data", batches.__next__), None)
 
     do_what_is_due = train._do_what_is_due
-    core = ["forward", "backward", "clip", "optimizer"]
     patches: list[tuple[Any, str, Callable[..., Any]]] = [
         (train, "_do_what_is_due", between_steps),
         (train, "train_batches", timed_batches),
@@ -215,30 +244,7 @@ def loop_overhead(folder: Path, batch: int, steps: int, cache_tokens: bool) -> N
         patches.append((owner, name, timed(piece, getattr(owner, name))))
     for owner, name, replacement in patches:
         setattr(owner, name, replacement)
-    config = {
-        "dataset_path": str(data),
-        "model_id": str(folder),
-        "output_dir": str(folder / "out"),
-        "batch_size": batch,
-        "grad_acc": 1,
-        "max_steps": steps + 1,
-        "cache_tokens": cache_tokens,
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.train(build(Config, config))
-
-    rows = rows[1:]  # the first starts the workers, encodes the captions, loads matplotlib
-    for row in rows:
-        row["other"] = row["step"] - sum(s for name, s in row.items() if name != "step")
-        row["core"] = sum(row[name] for name in core)
-        row["loop"] = row["step"] - row["core"] - row.get("EnCodec", 0.0)
-    total = sum(row["core"] for row in rows)
-    print(f"\n{'the loop, each step':22}{'median ms':>10}{'max ms':>10}{'sum / core':>11}")
-    for name in rows[0]:
-        times = [1000 * row[name] for row in rows]
-        share = sum(times) / total / 1000
-        print(f"{name:22}{statistics.median(times):10.1f}{max(times):10.1f}{share:11.2%}")
-    print(f"core: forward, backward, clip, optimizer; loop: the rest, EnCodec aside; {steps} steps")
+    return rows
 
 
 def main(
@@ -250,7 +256,7 @@ def main(
         size: bench (dim 256, 4 layers, batch 4) or small (the published small, batch 1).
         repeats: timed steps of each way; 0 = none.
         loop_steps: steps of the real training to time; 0 = none.
-        cache_tokens: they train from kept tokens, so that no EnCodec runs.
+        cache_tokens: train those on cached tokens, so that EnCodec does not run.
     """
     sizes, batch = SIZES[size], BATCH[size]
     threads = torch.get_num_threads()

@@ -1,14 +1,14 @@
-"""What --cache_tokens changes: the codes of a crop, what is learned from them, how fast they come.
+"""Measure what --cache_tokens changes: a crop's codes, what is learned from them, the speed.
 
     python -m benchmarks.tokens codes     # the demo's model and data
-    python -m benchmarks.tokens blocks    # windows, beside the whole recording at once
+    python -m benchmarks.tokens blocks    # windows, compared with the whole recording at once
     python -m benchmarks.tokens learn     # held-out cross entropy, trained both ways
 
-From the project's root, on the CPU; tokens are kept in a temporary folder. `codes` compares the
-codes of a crop that is encoded by itself with those of the same frames in the whole recording: for
-crops that begin at a token frame, and for the nearest ones that begin elsewhere, as without the
-flag nearly all do. `learn` trains as `make demo` does, but for the steps; each run is judged on
-codes of the kind that it was trained on.
+Run it in the project's root; it uses the CPU and a temporary folder for tokens. `codes` compares
+the codes of a crop encoded by itself with those of the same frames in the whole recording: for
+crops that begin at a token frame, and for crops nearby that begin elsewhere, as nearly all do
+without the flag. `learn` trains as `make demo` does, except for the steps; each run is validated on
+the kind of codes that it was trained on.
 """
 
 import os
@@ -43,12 +43,12 @@ def _read(model: Model, track: Track) -> np.ndarray:
 
 
 def _row(equal: np.ndarray) -> str:
-    """The share in each codebook, of [K, ...]."""
+    """Return the share of equal codes in each codebook, from [K, ...]."""
     return " ".join(f"{share:.3f}" for share in equal.reshape(len(equal), -1).mean(axis=1))
 
 
 def codes(crops: int = 5, crop_sec: int = 6) -> None:
-    """`crops` out of each of the demo's ten recordings."""
+    """Compare the codes of `crops` crops from each of the demo's ten recordings."""
     model, rng = load.load_model("demo", CPU), np.random.default_rng(0)
     rate = round(model.frame_rate)
     hop, T = model.sample_rate // rate, crop_sec * rate
@@ -70,7 +70,7 @@ def codes(crops: int = 5, crop_sec: int = 6) -> None:
 
 
 def blocks() -> None:
-    """The demo's training data in one recording of 105 s."""
+    """Compare the codes of the demo's training data, joined to one recording of 105 s."""
     model = load.load_model("demo", CPU)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
