@@ -22,7 +22,7 @@ LAYERS = [
     ["files", "flags"],
     ["errors"],
 ]
-FREE = ["benchmarks", "demo", "tests"]  # may import everything; no layer imports them
+FREE = ["benchmarks", "demo", "docs", "tests"]  # may import everything; no layer imports them
 ONLY_FROM = {  # may be imported by FREE and by these only
     "audiocraft": ["musicgen"],
     "flags": ["run", "generate", "prepare", "export", "train", "commands", "training", "dataset"],
@@ -48,10 +48,10 @@ class Import(NamedTuple):
 
 def check(root: Path) -> list[str]:
     """Return what breaks a rule in the project at `root`, each as `file:line: message`."""
-    paths = dict(_modules(root))
+    paths = dict(find_modules(root))
     texts = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
     trees = {name: ast.parse(text) for name, text in texts.items()}
-    imports = {name: list(_imports(name, tree, paths)) for name, tree in trees.items()}
+    imports = {name: list(find_imports(name, tree, paths)) for name, tree in trees.items()}
     found = [(name, *wrong) for name in imports for wrong in _wrong_layer(name, imports[name])]
     found += [*_heavy(imports), *_circle(imports)]
     for name in (name for name in paths if not _within(name, ANY_LENGTH)):
@@ -60,14 +60,14 @@ def check(root: Path) -> list[str]:
     return [f"{path}:{line}: {text}" for path, line, text in sorted(set(places))]
 
 
-def _modules(root: Path) -> Iterator[tuple[str, Path]]:
+def find_modules(root: Path) -> Iterator[tuple[str, Path]]:
     """Yield the name and path of each file; a package's own file is `package.__init__`."""
     folders = {path.parent for path in root.glob("[!.]*/*.py")}
     for path in sorted([*root.glob("*.py"), *(p for f in folders for p in f.rglob("*.py"))]):
         yield ".".join(path.relative_to(root).with_suffix("").parts), path
 
 
-def _imports(module: str, tree: ast.Module, modules: Iterable[str]) -> Iterator[Import]:
+def find_imports(module: str, tree: ast.Module, modules: Iterable[str]) -> Iterator[Import]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
