@@ -156,7 +156,7 @@ def _verdict(would_start: bool, *, is_fixed: bool) -> str:
     if would_start:
         return "Training would start."
     remedy = "." if is_fixed else ", or let --fix=NEW_FOLDER copy what is usable."
-    return f"Training would not start: mend these files, or move them out{remedy}"
+    return f"Training would not start: fix these files, or move them out{remedy}"
 
 
 def _listen_to_all(tracks: list[Track]) -> Iterator[Sound | str]:
