@@ -96,7 +96,7 @@ def test_every_trouble_is_told_with_its_file_and_what_is_usable_copied(look, tmp
     assert "faint.wav" in names("quieter")
     assert "half.wav: 50%" in names("more than a third")
     assert "twin.wav: melody number 0" in names("caption of another")
-    assert "sub/other.WMA" in names("formats that aren't read")
+    assert "sub/other.WMA" in names("formats that can't be read")
 
     assert everything(data) == before
     usable = {"clip0.wav", "sub/clip1.wav", "clipping.wav", "faint.wav", "half.wav"}
