@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo demo-model demo-dataset test lint clean
+.PHONY: help install demo demo-model demo-dataset test test-long lint clean
 
 help:
 	@echo "make install   make $(VENV) and install everything in it (about 3 GB to download, 7 GB on disk)"
 	@echo "make demo      fine-tune a tiny MusicGen on a small dataset, on any machine"
 	@echo "make demo-dataset, make demo-model   make demo/dataset/, demo/model/ again: demo/README.md"
-	@echo "make test      run the tests"
+	@echo "make test      run the tests, in about 5 minutes"
+	@echo "make test-long run the tests that take long"
 	@echo "make lint      check style, types, imports and lengths"
 	@echo "make clean     delete $(VENV), caches and demo/output/; models/ and generated/ stay"
 
@@ -56,8 +57,14 @@ $(BUILD)/.rendered: $(BUILD)/.installed
 	$(BIN)/python -m demo.build.music pretrain
 	@touch $@
 
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: install
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(PYTEST) -m "not long"
+
+test-long: install
+	$(PYTEST) -m long
+	$(BIN)/python tests/fuzz.py --count=4000
 
 lint: install
 	$(BIN)/ruff check

@@ -1,10 +1,12 @@
 """Small models of the true architecture and made-up audio, shared by all tests."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -127,6 +129,17 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
         return tmp_path / name
 
     return run
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[ForkServerContext]:
+    """Processes that start with everything imported: a fresh Python needs 10 s for that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["train"])
+        context.Process().start()  # and with it the server, that has this PYTHONPATH
+    yield context
 
 
 def build_demucs(hub: Path) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conftest import tone
-from test_sources import FORMATS, RATE, write
+from samples import FORMATS, RATE, write
 
 import commands.check
 from errors import UserError

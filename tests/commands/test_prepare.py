@@ -10,7 +10,7 @@ import pytest
 import soundfile as sf
 from conftest import tone, write_pairs
 from PIL import Image
-from test_shards import sound, tar_of
+from samples import sound, tar_of
 
 import prepare
 import run

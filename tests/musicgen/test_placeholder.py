@@ -11,9 +11,9 @@ import pytest
 import torch
 from audiocraft.modules.conditioners import ConditioningAttributes
 from conftest import ROOT, metrics, tiny_config, write_pairs
+from processes import Two
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_processes import launch, rows
 
 import generate
 import run
@@ -249,24 +249,21 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(fit, mono_folder, make
         fit(mono_folder, data, "parts", resume=True, **{**flags, "placeholder": "<other>"})
 
 
-def test_two_processes_train_it_as_one(mono_folder, tmp_path) -> None:
+def test_two_processes_train_it_as_one(mono_folder, tmp_path, processes) -> None:
     """Seven clips, four a step; many a batch of one process has no caption with the word."""
     data = write_pairs(tmp_path / "data", seconds=(1.0,) * 7)
     flags = {"model_id": mono_folder, "dataset_path": data, "device": "cpu", "duration": 1}
     flags |= {"epochs": 4, "num_workers": 0, "lr": 0.1, "use_cfg": 1, "cfg_p": 0.5}
     flags |= {"placeholder": WORD, "warmup_steps": 2}
     one, two = tmp_path / "one", tmp_path / "two"
-    shapes = [
-        [f"--output_dir={two}", "--batch_size=1", "--grad_acc=2"],
-        [f"--output_dir={one}", "--batch_size=4", "--grad_acc=1"],
-    ]
-    process = launch("torchrun", *(f"--{k}={v}" for k, v in flags.items()), *shapes[0])
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
+    shape = [f"--output_dir={two}", "--batch_size=1", "--grad_acc=2"]
+    both = Two(processes, tmp_path, *(f"--{k}={v}" for k, v in flags.items()), *shape)
+    codes, _, errors = both.end()
+    assert codes == [0, 0], errors
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in flags.items()}
     train(run.Config(**plain, output_dir=str(one), batch_size=4, grad_acc=1))
     torch.testing.assert_close(vector_of(two), vector_of(one), rtol=0, atol=1e-4)
-    losses = [[row["loss"] for row in rows(output)] for output in (one, two)]
+    losses = [[row["loss"] for row in metrics(output)] for output in (one, two)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 

@@ -8,8 +8,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tarfile
 import threading
 from collections import Counter
@@ -18,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import soundfile as sf
 import torch
 import webdataset
 from conftest import ROOT, metrics, tone, weights
-from test_sources import FORMATS, RATE, clips, write
+from processes import Two
+from samples import FORMATS, PAIR, RATE, clips, sound, tar_of, write
 
 import prepare
 from dataset import Pick
@@ -31,8 +29,6 @@ from recordings import shards
 from recordings.audio import SUFFIXES
 from recordings.scan import find, scan
 from training.plan import Plan, train_batches
-
-Members = list[tuple[str, bytes]]
 
 
 @pytest.fixture(autouse=True)
@@ -53,25 +49,6 @@ def pack(folder: Path, *tars: Path, form: int = tarfile.PAX_FORMAT) -> None:
             for stem in stems[number :: len(tars)]:
                 for path in sorted(stem.parent.glob(f"{stem.name}.*")):
                     archive.add(path, path.relative_to(folder).as_posix())
-
-
-def sound(seed: int = 0, seconds: float = 1.0) -> bytes:
-    file = io.BytesIO()
-    sf.write(file, tone(seed, seconds), 32_000, format="WAV")
-    return file.getvalue()
-
-
-PAIR: Members = [("good.wav", sound()), ("good.txt", b"a good one")]
-
-
-def tar_of(path: Path, members: Members = PAIR) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def found(dataset_path: object, **options: bool) -> tuple[list[str], list[str]]:
@@ -195,17 +172,15 @@ def test_stop_and_resume_with_shards_is_exact(many, mono_folder, fit, tmp_path):
     torch.testing.assert_close(weights(part), weights(whole), rtol=0, atol=0)
 
 
-def test_two_processes_train_from_shards_as_one(many, mono_folder, fit, tmp_path):
+def test_two_processes_train_from_shards_as_one(many, mono_folder, fit, tmp_path, processes):
     flags = {"lr": 1e-4, "warmup_steps": 0, "epochs": 1, "num_workers": 0, "duration": 1}
     alone = fit(mono_folder, many, "alone", **flags, batch_size=4)
     flags |= {"model_id": mono_folder, "dataset_path": many, "device": "cpu", "batch_size": 2}
     flags |= {"output_dir": tmp_path / "two", "grad_acc": 1}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     signal.alarm(0)
-    subprocess.run(
-        [*launch, str(ROOT / "run.py"), *(f"--{name}={value}" for name, value in flags.items())],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=120,
-    )  # fmt: skip
+    both = Two(processes, tmp_path, *(f"--{name}={value}" for name, value in flags.items()))
+    codes, _, errors = both.end()
+    assert codes == [0, 0], errors
     torch.testing.assert_close(weights(tmp_path / "two"), weights(alone), rtol=0, atol=1e-6)
 
 

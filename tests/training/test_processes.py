@@ -1,38 +1,20 @@
 """Two processes on the CPU train like one with the same global batch; the first one writes."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, write_pairs
+from conftest import write_pairs
+from processes import Two, assert_same_run, launch
 
+import train as train_module
 from flags.run import Config
 from train import train
-
-LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2"],
-}
-
-
-def launch(
-    launcher: str, *flags: object, script: Path = ROOT / "run.py"
-) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", *LAUNCHERS[launcher], str(script), *map(str, flags)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def options(dataset: Path, model: Path, output: Path) -> dict[str, Any]:
@@ -53,24 +35,6 @@ def options(dataset: Path, model: Path, output: Path) -> dict[str, Any]:
 
 def flags(*paths: Path) -> list[str]:
     return [f"--{name}={value}" for name, value in options(*paths).items()]
-
-
-def rows(output: Path) -> list[dict]:
-    """The rows of metrics.jsonl without the times."""
-    lines = (output / "metrics.jsonl").read_text().splitlines()
-    timed = {"ms", "clips_per_sec"}
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
-
-
-def assert_same_run(left: Path, right: Path, tolerance: float) -> None:
-    a, b = (torch.load(folder / "lm_final.pt", weights_only=True) for folder in (left, right))
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance)
-    assert [r["step"] for r in rows(left)] == [r["step"] for r in rows(right)]
-    for left_row, right_row in zip(rows(left), rows(right), strict=True):
-        for key in left_row.keys() & {"loss", "valid_loss", "grad_norm"}:
-            assert left_row[key] == pytest.approx(right_row[key], abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -96,35 +60,52 @@ def test_two_processes_train_as_one(one_process, mono_folder, tmp_path) -> None:
     assert {p.name for p in output.iterdir()} == {p.name for p in alone.iterdir()}
 
 
-EACH_KEEPS_ITS_WEIGHTS = """
-import json, sys, torch
-import train
-from flags.run import Config
-
-start, runs = train.start, []
-train.start = lambda config: runs.append(start(config)) or runs[0]
-config = Config(**json.loads(sys.argv[1]))
-train.train(config)
-torch.save(runs[0].trained, f"{config.output_dir}/{runs[0].accelerator.process_index}.pt")
-"""
+def train_and_keep_weights() -> None:
+    """As run.py's main, with its flags as JSON; each process saves the weights it has."""
+    begin, runs = train_module.start, []
+    train_module.start = lambda config: runs.append(begin(config)) or runs[0]
+    config = Config(**json.loads(sys.argv[1]))
+    train(config)
+    torch.save(runs[0].trained, f"{config.output_dir}/{runs[0].accelerator.process_index}.pt")
 
 
-def test_weights_rounded_at_random_are_alike_in_two_processes(mono_folder, tmp_path) -> None:
+def test_weights_rounded_at_random_are_alike_in_two_processes(
+    mono_folder, tmp_path, processes
+) -> None:
     """If they rounded differently, DDP would not bring them together again."""
-    dataset = write_pairs(tmp_path / "dataset", seconds=(3.0, 2.0, 1.5, 4.0))
+    dataset = write_pairs(tmp_path / "dataset", seconds=(1.0, 0.9, 0.8, 1.2))
     flags = options(dataset, mono_folder, tmp_path) | {"epochs": 1, "batch_size": 1, "grad_acc": 1}
-    script = tmp_path / "script.py"
-    script.write_text(EACH_KEEPS_ITS_WEIGHTS)
     rounding = {"optimizer": "adamw_8bit_bf16", "precision": "bf16"}
-    process = launch("torchrun", json.dumps(flags | rounding), script=script)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
+    both = Two(processes, tmp_path, json.dumps(flags | rounding), main=train_and_keep_weights)
+    codes, _, errors = both.end()
+    assert codes == [0, 0], errors
     first, second = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(2))
     assert any(weight.dtype == torch.bfloat16 for weight in first.values())
     assert all(weight.equal(second[name]) for name, weight in first.items())
 
 
-def test_two_processes_stop_and_resume(one_process, mono_folder, tmp_path) -> None:
+def test_two_processes_stop_and_resume(one_process, mono_folder, tmp_path, processes) -> None:
+    dataset, alone = one_process
+    output = tmp_path / "two"
+    same = [*flags(dataset, mono_folder, output), "--batch_size=2", "--grad_acc=1"]
+    both = Two(processes, tmp_path, *same)
+    rows = output / "metrics.jsonl"
+    while not rows.exists() or '"step": 3, "loss"' not in rows.read_text():
+        assert all(process.is_alive() for process in both.processes)
+        time.sleep(0.005)
+    both.stop(signal.SIGTERM)
+    codes, _, errors = both.end()
+    assert codes == [143, 143]
+    assert "resume.pt" in errors
+    assert not (output / "lm_final.pt").exists()
+    codes, told, errors = Two(processes, tmp_path, *same, "--resume=1").end()
+    assert codes == [0, 0], errors
+    assert "step 3/8  loss" not in told
+    assert_same_run(alone, output, 1e-6)
+
+
+@pytest.mark.long
+def test_torchrun_is_stopped_and_resumed(one_process, mono_folder, tmp_path) -> None:
     dataset, alone = one_process
     output = tmp_path / "two"
     same = [*flags(dataset, mono_folder, output), "--batch_size=2", "--grad_acc=1"]

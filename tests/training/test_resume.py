@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -219,16 +218,6 @@ def test_a_second_signal_while_the_average_is_taken_out_saves_no_mixed_weights(w
 
 
 # Stopped from outside.
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Processes that start with everything imported: a fresh Python needs 10 s for that."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train"])
-        yield context
 
 
 def rows_on_disk(output: Path) -> int:

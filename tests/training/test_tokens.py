@@ -11,7 +11,7 @@ import soundfile as sf
 import torch
 from conftest import build_demucs, metrics, tiny_config, tone, weights
 from huggingface_hub import constants
-from test_processes import assert_same_run, launch
+from processes import Two, assert_same_run
 
 import files
 import run
@@ -163,7 +163,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(fit, mono_folder, make_pairs):
     assert all(torch.equal(whole[key], workers[key]) for key in whole)
 
 
-def test_two_processes_encode_and_train_as_one(fit, mono_folder, make_pairs, tmp_path):
+def test_two_processes_encode_and_train_as_one(fit, mono_folder, make_pairs, tmp_path, processes):
     data = make_pairs(seconds=(*LENGTHS, 1.2))
     (data / "link.wav").symlink_to(data / "clip0.wav")  # one recording, one file in the cache
     (data / "link.txt").write_text("the first again")
@@ -175,9 +175,9 @@ def test_two_processes_encode_and_train_as_one(fit, mono_folder, make_pairs, tmp
     flags = {"dataset_path": data, "model_id": mono_folder, "output_dir": tmp_path / "two"}
     flags |= {"device": "cpu", "duration": 1, "batch_size": 2, "grad_acc": 1, "epochs": 2}
     flags |= {"warmup_steps": 0, "lr": 1e-3, "num_workers": 0, "cache_tokens": 1}
-    process = launch("torchrun", *(f"--{name}={value}" for name, value in flags.items()))
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    both = Two(processes, tmp_path, *(f"--{name}={value}" for name, value in flags.items()))
+    codes, _, errors = both.end()
+    assert codes == [0, 0], errors
     two = kept()
     assert two.keys() == one.keys()
     assert all(np.array_equal(two[name][1], one[name]) for name in one)
