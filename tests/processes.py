@@ -1,4 +1,4 @@
-"""run.py in processes of their own: two that train together, started by a launcher or at once."""
+"""Scripts in processes of their own: two that train together, or one that is to be stopped."""
 
 import os
 import socket
@@ -33,55 +33,67 @@ def launch(launcher: str, *flags: object) -> "subprocess.Popen[str]":
     )
 
 
-class Two:
-    """Two processes that have what torchrun gives them, `main` being run.main or like it."""
+class Started:
+    """Processes with everything imported, in the project's folder: `main` with words and flags.
+
+    Two of them have what torchrun gives its own, so that they train together.
+    """
 
     def __init__(
         self,
         context: ForkServerContext,
         logs: Path,
-        *flags: object,
+        *words: object,
         main: Callable[[], object] = run.main,
+        count: int = 1,
+        **flags: object,
     ) -> None:
+        self.logs, self.processes = logs, []
+        given = [*map(str, words), *(f"--{name}={value}" for name, value in flags.items())]
+        logs.mkdir(exist_ok=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        logs.mkdir(exist_ok=True)
-        words, self.logs, self.processes = [str(flag) for flag in flags], logs, []
-        for rank in map(str, range(2)):
-            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            environment = {**os.environ, **where, **own}  # the server's is that of its start
-            arguments = (main, words, environment, logs / rank)
+        for rank in range(count):
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            together = {**where, **{name: str(value) for name, value in own.items()}}
+            # The server has the environment of its start, not this one.
+            environment = {**os.environ, **(together if count > 1 else {})}
+            arguments = (main, given, environment, logs / str(rank))
             self.processes.append(context.Process(target=_work, args=arguments))
             self.processes[-1].start()
 
-    def stop(self, number: int) -> None:
-        """Send both a signal, as torchrun does with those it gets."""
-        for process in self.processes:
-            os.kill(process.pid, number)
+    def is_alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
 
-    def end(self, timeout: float = 120) -> tuple[list[int | None], str, str]:
-        """Wait for both -> exit codes, stdout, stderr."""
+    def signal(self, number: int) -> None:
+        """To each one and to what it has started, as by Ctrl-C in a terminal."""
+        for process in self.processes:
+            os.killpg(process.pid, number)
+
+    def end(self, timeout: float = 120) -> tuple[set[int | None], str, str]:
+        """Wait for all -> their exit codes, stdout, stderr."""
         for process in self.processes:
             process.join(timeout)
-        codes = [process.exitcode for process in self.processes]
+        codes = {process.exitcode for process in self.processes}
         for process in self.processes:
             process.kill()
             process.join()
-        out, errors = (
+        told = [
             "".join(path.read_text() for path in sorted(self.logs.glob(f"*.{name}")))
             for name in ("out", "err")
-        )
-        return codes, out, errors
+        ]
+        return codes, *told
 
 
 def _work(main: Callable[[], object], words: list[str], environment: dict, log: Path) -> None:
+    os.setsid()
     os.environ.update(environment)
     os.chdir(ROOT)
     for number, name in ((1, "out"), (2, "err")):
         with log.with_suffix(f".{name}").open("wb") as file:
             os.dup2(file.fileno(), number)
-    sys.argv = ["run.py", *words]
+    sys.argv = [f"{main.__module__}.py", *words]
     main()
 
 

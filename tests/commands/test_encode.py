@@ -1,11 +1,8 @@
 """`prepare.py encode` and `shard`: what they leave trains as the recordings, and survives kills."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -15,7 +12,8 @@ import pytest
 import soundfile as sf
 import torch
 import webdataset
-from conftest import ROOT, metrics, tiny_config, tone, weights
+from conftest import metrics, tiny_config, tone, weights
+from processes import Started
 from safetensors import safe_open
 
 import files
@@ -390,24 +388,22 @@ def test_shards_of_the_same_plan_are_kept_and_no_others(shard, make_pairs, tmp_p
 
 @pytest.mark.parametrize("command", ["encode", "shard"])
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    command, make_pairs, tmp_path, encode, shard, mono_folder
+    command, make_pairs, tmp_path, encode, shard, mono_folder, processes
 ):
     data = make_pairs(seconds=tuple([12.0] * 6))
     call, flags = {"encode": (encode, {}), "shard": (shard, {"shard_mb": 1})}[command]
     assert call(data, tmp_path / "whole" / "o", **flags).code == 0
     whole, out = everything(tmp_path / "whole" / "o"), tmp_path / "killed" / "o"
-    words = [f"--{name}={value}" for name, value in flags.items()]
-    if command == "encode":
-        words += [f"--model_id={mono_folder}", "--device=cpu"]
-    arguments = [sys.executable, ROOT / "prepare.py", command, data, out, *words]
-    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    more = {"model_id": mono_folder, "device": "cpu"} if command == "encode" else flags
+    words = (command, data, out)
+    started = Started(processes, tmp_path / "logs", *words, main=prepare.main, **more)
     end = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < end:
+    while started.is_alive() and time.monotonic() < end:
         if len(list(out.glob("*[rs]"))) > 2:  # some are done
             break
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was too fast"
+    started.signal(signal.SIGKILL)
+    assert started.end()[0] == {-signal.SIGKILL}, "it was too fast"
     (out / ".clip5.safetensors.1.tmp").write_bytes(b"half")
     (out / ".o-000002.tar.1.tmp").write_bytes(b"half")
     left = {name: content for name, content in everything(out).items() if ".tmp" not in name}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_pairs
-from processes import Two, assert_same_run, launch
+from processes import Started, assert_same_run, launch
 
 import train as train_module
 from flags.run import Config
@@ -76,9 +76,15 @@ def test_weights_rounded_at_random_are_alike_in_two_processes(
     dataset = write_pairs(tmp_path / "dataset", seconds=(1.0, 0.9, 0.8, 1.2))
     flags = options(dataset, mono_folder, tmp_path) | {"epochs": 1, "batch_size": 1, "grad_acc": 1}
     rounding = {"optimizer": "adamw_8bit_bf16", "precision": "bf16"}
-    both = Two(processes, tmp_path, json.dumps(flags | rounding), main=train_and_keep_weights)
+    both = Started(
+        processes,
+        tmp_path / "logs",
+        json.dumps(flags | rounding),
+        main=train_and_keep_weights,
+        count=2,
+    )
     codes, _, errors = both.end()
-    assert codes == [0, 0], errors
+    assert codes == {0}, errors
     first, second = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(2))
     assert any(weight.dtype == torch.bfloat16 for weight in first.values())
     assert all(weight.equal(second[name]) for name, weight in first.items())
@@ -88,18 +94,18 @@ def test_two_processes_stop_and_resume(one_process, mono_folder, tmp_path, proce
     dataset, alone = one_process
     output = tmp_path / "two"
     same = [*flags(dataset, mono_folder, output), "--batch_size=2", "--grad_acc=1"]
-    both = Two(processes, tmp_path, *same)
+    both = Started(processes, tmp_path / "logs", *same, count=2)
     rows = output / "metrics.jsonl"
     while not rows.exists() or '"step": 3, "loss"' not in rows.read_text():
-        assert all(process.is_alive() for process in both.processes)
+        assert both.is_alive()
         time.sleep(0.005)
-    both.stop(signal.SIGTERM)
+    both.signal(signal.SIGTERM)
     codes, _, errors = both.end()
-    assert codes == [143, 143]
+    assert codes == {143}
     assert "resume.pt" in errors
     assert not (output / "lm_final.pt").exists()
-    codes, told, errors = Two(processes, tmp_path, *same, "--resume=1").end()
-    assert codes == [0, 0], errors
+    codes, told, errors = Started(processes, tmp_path / "logs", *same, "--resume=1", count=2).end()
+    assert codes == {0}, errors
     assert "step 3/8  loss" not in told
     assert_same_run(alone, output, 1e-6)
 
