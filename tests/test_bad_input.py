@@ -13,7 +13,6 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import soundfile as sf
 import torch
 from conftest import ROOT, Result, run_script, tone, weights, write_pairs
 from huggingface_hub import constants
+from processes import Started
 
 import generate
 import run
@@ -419,22 +419,18 @@ def test_generation_is_refused_with_a_reason_and_a_remedy(name, world, cli):
     assert files(world) == before
 
 
-def test_a_model_that_is_not_here_and_no_network(world):
-    """In processes of their own: the Hugging Face libraries read the environment when imported."""
-
-    def start(**network: str) -> subprocess.CompletedProcess[str]:
-        here = {"HF_HOME": str(world.tmp / "hf_home"), "timeout": 60}
-        paths = [f"--dataset_path={world.data}", f"--output_dir={world.output}"]
-        return run_script("run.py", *paths, **here, **network)
-
-    with ThreadPoolExecutor() as pool:
-        offline = pool.submit(start, HF_HUB_OFFLINE="1")
-        unreachable = pool.submit(start, HF_ENDPOINT="http://127.0.0.1:9")
+def test_a_model_that_is_not_here_and_no_network(world, cli):
+    """Offline; and unreachable, in a process of its own: the libraries write when imported too."""
+    flags = {"dataset_path": world.data, "output_dir": world.output}
+    offline = cli(run, **flags)
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    network = {"HF_HOME": str(world.tmp / "hf_home"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = run_script("run.py", *words, timeout=60, **network)
     says = ["facebook/musicgen-small", "could not be downloaded", "Connect", "--model_id"]
-    for done in (offline.result(), unreachable.result()):
-        assert_told(Result(done.returncode, done.stdout, done.stderr), says)
-        assert done.stdout == ""
-        assert len(done.stderr.splitlines()) < 5
+    for result in (offline, Result(done.returncode, done.stdout, done.stderr)):
+        assert_told(result, says)
+        assert result.out == ""
+        assert len(result.err.splitlines()) < 5
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -594,26 +590,33 @@ def _is_refused(content: bytes, folder: Path) -> bool:
     return False
 
 
-BROKEN_OPTIMIZER = """
-import torch
-from flags.run import Config
-from train import train
-
-def fail(*_, **__):
-    raise RuntimeError("a bug")
-
-torch.optim.AdamW.step = fail
-flags = dict(dataset_path={data!r}, model_id={model!r}, output_dir={out!r}, duration=1)
-train(Config(**flags, num_workers=1))
-"""
+def run_with_a_broken_optimizer() -> None:
+    torch.optim.AdamW.step = raises(RuntimeError("a bug"))
+    run.main()
 
 
-def test_an_unforeseen_error_ends_the_program_with_its_workers(mono_folder, make_pairs, tmp_path):
-    code = BROKEN_OPTIMIZER.format(
-        data=str(make_pairs()), model=str(mono_folder), out=str(tmp_path / "out")
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=90
-    )
-    assert ended.returncode == 1
-    assert ended.stderr.rstrip().endswith("RuntimeError: a bug")
+BROKEN = "import test_bad_input; test_bad_input.run_with_a_broken_optimizer()"
+
+
+@pytest.mark.parametrize("is_fresh", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_an_unforeseen_error_ends_the_program_with_its_workers(
+    is_fresh, mono_folder, make_pairs, tmp_path, processes
+):
+    flags = {"dataset_path": make_pairs(), "model_id": mono_folder, "output_dir": tmp_path / "out"}
+    flags |= {"duration": 1, "num_workers": 1}
+    if is_fresh:
+        words = [f"--{name}={value}" for name, value in flags.items()]
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        ended = subprocess.run(
+            [sys.executable, "-c", BROKEN, *words],
+            **{"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": path}},
+            **{"capture_output": True, "text": True, "timeout": 90},
+        )
+        codes, errors = {ended.returncode}, ended.stderr
+    else:
+        started = Started(processes, tmp_path / "logs", main=run_with_a_broken_optimizer, **flags)
+        codes, _, errors = started.end(timeout=60)
+        with pytest.raises(ProcessLookupError):  # nothing is left of the group
+            started.signal(0)
+    assert codes == {1}
+    assert errors.rstrip().endswith("RuntimeError: a bug")

@@ -14,6 +14,7 @@ import soundfile as sf
 import torch
 from audiocraft.modules.conditioners import ConditioningAttributes
 from conftest import metrics, weights
+from faults import FAULTS
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -84,6 +85,18 @@ def test_steps_are_audiocrafts_however_they_are_cut(model_folder, make_pairs, fi
     ):
         output = fit(model_folder, data, f"run{number}", **flags, **cut)
         torch.testing.assert_close(weights(output), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_wrong_step_is_told_from_audiocrafts(fault, mono_folder, make_pairs, fit, monkeypatch):
+    """What test_demo.py hears when it is trained with, shows in the weights of a few steps."""
+    data = make_pairs(seconds=SECONDS)
+    expected = tune_by_audiocraft(mono_folder, data, steps=3, lr=0.2)
+    monkeypatch.setattr("training.start.make_optimizer", sgd)
+    fault(monkeypatch)
+    flags = {"epochs": 3, "lr": 0.2, "lr_scheduler": "constant", "max_grad_norm": 0}
+    wrong = weights(fit(mono_folder, data, **flags, batch_size=4, grad_acc=1))
+    assert max((wrong[name] - expected[name]).abs().max() for name in expected) > 1e-4
 
 
 def test_accumulation_equals_the_big_batch_in_adamw_too(model_folder, make_pairs, fit):

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -79,8 +78,8 @@ socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 """
 
 
-def test_a_run_from_the_cache_needs_no_network(hf_home, wide, make_pairs, tmp_path, cli):
-    """Offline by HF_HUB_OFFLINE=1, or with sockets that raise; the same as from the folder."""
+def test_a_run_from_the_cache_needs_no_network(hf_home, cache, wide, make_pairs, tmp_path, cli):
+    """In a process whose sockets raise, and offline; the same as from the folder."""
     (tmp_path / "guard").mkdir()
     (tmp_path / "guard" / "sitecustomize.py").write_text(NO_NETWORK)
     log = tmp_path / "network.log"
@@ -92,20 +91,16 @@ def test_a_run_from_the_cache_needs_no_network(hf_home, wide, make_pairs, tmp_pa
 
     flags = {"dataset_path": make_pairs(seconds=(1.0, 1.5)), "max_steps": 2, "duration": 1}
     flags |= {"num_workers": 0, "device": "cpu"}
-
-    def start(name: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        here = [f"--{flag}={value}" for flag, value in flags.items()]
-        here += ["--model_id=small", f"--output_dir={tmp_path / name}"]
-        return run_script("run.py", *here, HF_HOME=str(hf_home), **environment)
-
-    with ThreadPoolExecutor() as pool:
-        for done in pool.map(start, ("offline", "guarded"), ({"HF_HUB_OFFLINE": "1"}, guard)):
-            assert done.returncode == 0, done.stderr
-            assert "step 2/2" in done.stdout
+    guarded = {**flags, "model_id": "small", "output_dir": tmp_path / "guarded"}
+    words = [f"--{name}={value}" for name, value in guarded.items()]
+    done = run_script("run.py", *words, HF_HOME=str(hf_home), **guard)
+    assert done.returncode == 0, done.stderr
+    assert "step 2/2" in done.stdout
     assert not log.exists(), log.read_text()
 
-    result = cli(run, **flags, output_dir=tmp_path / "folder", model_id=wide("mono"))
-    assert result.code == 0, result.err
+    for name, model in (("offline", "small"), ("folder", wide("mono"))):
+        result = cli(run, **flags, output_dir=tmp_path / name, model_id=model)
+        assert result.code == 0, result.err
     runs = [weights(tmp_path / name) for name in ("offline", "guarded", "folder")]
     assert runs[0].keys() == runs[1].keys() == runs[2].keys()
     assert all(torch.equal(runs[0][key], other[key]) for other in runs[1:] for key in runs[0])

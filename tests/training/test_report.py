@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import re
 import statistics
 import struct
@@ -19,6 +18,7 @@ import pytest
 import soundfile as sf
 from conftest import Result, run_script, write_pairs
 from matplotlib import image
+from processes import Started
 
 import run
 from demo.tiny import build_musicgen
@@ -239,24 +239,33 @@ def wandb_records(path: Path) -> Iterator[Any]:
             record = b""
 
 
-def test_wandb_offline_keeps_config_metrics_and_audio_without_network(data, mono_folder, tmp_path):
-    flags = {**TINY, **SHOWN, "max_steps": 2, "use_wandb": 1, "wandb_name": "first try"}
-    flags |= {"dataset_path": data, "model_id": mono_folder, "output_dir": tmp_path / "run"}
-    command = [sys.executable, run.__file__, *(f"--{n}={v}" for n, v in flags.items())]
-    alone = ["unshare", "--map-root-user", "--net"]  # no network at all, where Linux allows it
+def run_without_network(flags: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """In a process that has none at all, where Linux allows it."""
+    alone = ["unshare", "--map-root-user", "--net"]
     try:
         is_alone = subprocess.run([*alone, "true"], capture_output=True).returncode == 0
     except FileNotFoundError:
         is_alone = False
-    done = subprocess.run(
-        [*(alone if is_alone else []), *command],
-        env={**os.environ, "WANDB_MODE": "offline", "HTTPS_PROXY": "http://127.0.0.1:9"},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=120,
+    command = [sys.executable, run.__file__, *(f"--{n}={v}" for n, v in flags.items())]
+    return subprocess.run(
+        [*(alone if is_alone else []), *command], capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("has_network", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_wandb_offline_keeps_config_metrics_and_audio_without_network(
+    has_network, data, mono_folder, tmp_path, processes, monkeypatch
+):
+    flags = {**TINY, **SHOWN, "max_steps": 2, "use_wandb": 1, "wandb_name": "first try"}
+    flags |= {"dataset_path": data, "model_id": mono_folder, "output_dir": tmp_path / "run"}
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    if has_network:
+        codes, _, errors = Started(processes, tmp_path / "logs", **flags).end()
+    else:
+        done = run_without_network(flags)
+        codes, errors = {done.returncode}, done.stderr
+    assert codes == {0}, errors
     (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
 
     config: dict[str, Any] = {}
