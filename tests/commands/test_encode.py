@@ -175,10 +175,10 @@ def test_only_what_has_changed_is_encoded_again(encode, make_pairs, tmp_path):
 
 def test_nothing_of_others_is_overwritten(encode, shard, make_pairs, tmp_path):
     data, out = make_pairs(seconds=(1.0,)), tmp_path / "out"
-    assert "is in the folder" in encode(data, data / "tokens").err
-    assert "is in the folder" in shard(data, data).err
+    assert "is in the input folder" in encode(data, data / "tokens").err
+    assert "is in the input folder" in shard(data, data).err
     for name, says in (
-        ("clip0.safetensors", "no file of tokens"),
+        ("clip0.safetensors", "not a file of tokens"),
         ("clip0.txt", "differs from the caption"),
     ):
         out.mkdir()
@@ -257,23 +257,26 @@ def setting(*keys: str, value: object):
 
 META = "__metadata__"
 DAMAGES = {
-    "empty": (lambda good: b"", "not readable"),
+    "empty": (lambda good: b"", "header can't be read"),
     "cut": (lambda good: good[:-7], "truncated"),
     "longer": (lambda good: good + b"\0\0", "truncated or damaged"),
-    "cut in its header": (lambda good: good[:50], "not readable"),
-    "huge header": (lambda good: (2**62).to_bytes(8, "little") + good[8:], "not readable"),
-    "no json": (lambda good: good[:8] + b"?" * (len(good) - 8), "no file of tokens"),
-    "deep json": (lambda good: (60_000).to_bytes(8, "little") + b"[" * 60_000, "no file of tok"),
-    "no metadata": (lambda good: with_header(good, lambda h: h.pop(META)), "no file of tokens"),
-    "no codec": (lambda good: with_header(good, lambda h: h[META].pop("codec")), "no file of tok"),
+    "cut in its header": (lambda good: good[:50], "header can't be read"),
+    "huge header": (lambda good: (2**62).to_bytes(8, "little") + good[8:], "header can't be read"),
+    "no json": (lambda good: good[:8] + b"?" * (len(good) - 8), "not a file of tokens"),
+    "deep json": (lambda good: (60_000).to_bytes(8, "little") + b"[" * 60_000, "not a file of tok"),
+    "no metadata": (lambda good: with_header(good, lambda h: h.pop(META)), "not a file of tokens"),
+    "no codec": (
+        lambda good: with_header(good, lambda h: h[META].pop("codec")),
+        "not a file of tok",
+    ),
     "a second tensor": (
         lambda good: with_header(good, setting("b", value={"dtype": "I16"})),
-        "no file of tokens",
+        "not a file of tokens",
     ),
     "other type": (lambda good: with_header(good, setting("codes", "dtype", value="F32")), "F32"),
     "other shape": (
         lambda good: with_header(good, setting("codes", "shape", value=[4, 49, 1])),
-        "no file of tokens",
+        "not a file of tokens",
     ),
     "negative": (
         lambda good: with_header(good, setting("codes", "shape", value=[-4, -50])),
@@ -328,7 +331,7 @@ def test_codes_that_the_model_does_not_have_are_found_before_they_are_used(
     encode(data, out)
     path = out / "clip0.safetensors"
     path.write_bytes(path.read_bytes()[:-2] + b"\xff\x7f")
-    with pytest.raises(UserError, match=r"clip0\.safetensors: damaged: .*codes outside of 0 to"):
+    with pytest.raises(UserError, match=r"clip0\.safetensors: damaged: .*codes outside 0 to"):
         fit(mono_folder, out, num_workers=num_workers)
 
 
