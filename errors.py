@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator
 
@@ -24,6 +25,9 @@ def plain_errors(advice_out_of_memory: str) -> Iterator[None]:
         _exit(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # as in `python run.py --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

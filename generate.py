@@ -1,5 +1,6 @@
 """Generate music with a fine-tuned MusicGen: `python generate.py --prompt="slow piano waltz"`."""
 
+from commands.pieces import check
 from errors import plain_errors
 from flags.generate import GenerateConfig
 from flags.parse import parse
@@ -10,9 +11,10 @@ OUT_OF_MEMORY = "Use less: fewer --variations; a shorter --overlap; a smaller --
 def main() -> None:
     with plain_errors(OUT_OF_MEMORY):
         config = parse(GenerateConfig)
-        from commands.generate import generate  # imports torch: only once the flags are good
+        paths = check(config)
+        from commands.generate import generate  # imports torch: only once all of this is good
 
-        generate(config)
+        generate(config, paths)
 
 
 if __name__ == "__main__":

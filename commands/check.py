@@ -233,19 +233,19 @@ def _shared_captions(tracks: list[Track]) -> list[str]:
     return [f"{name}: {caption}" for caption, who in shared.items() for name in who[1:]]
 
 
-def _caption_lengths(captions: list[str]) -> tuple[str, list[int]]:
+def _caption_lengths(texts: list[str]) -> tuple[str, list[int]]:
     """Return the unit that captions are measured in, and the length of each.
 
     Every MusicGen reads T5's tokens, but the tokenizer comes with the first model downloaded.
     Without it, words are counted: each is at least one token, so too many are too many tokens.
     """
-    files = ("tokenizer.json", "spiece.model")  # without either, transformers invents a tokenizer
-    if not any(isinstance(try_to_load_from_cache("t5-base", file), str) for file in files):
-        return "words (T5's tokens once a model is downloaded)", [len(c.split()) for c in captions]
+    names = ("tokenizer.json", "spiece.model")  # without either, transformers invents a tokenizer
+    if not any(isinstance(try_to_load_from_cache("t5-base", name), str) for name in names):
+        return "words (T5's tokens once a model is downloaded)", [len(c.split()) for c in texts]
     from transformers import T5Tokenizer
 
     tokenizer = T5Tokenizer.from_pretrained("t5-base", local_files_only=True)
-    return "tokens", [len(tokenizer(c, verbose=False)["input_ids"]) for c in captions]
+    return "tokens", [len(tokenizer(c, verbose=False)["input_ids"]) for c in texts]
 
 
 def _facts(config: CheckConfig, tracks: list[Track], unit: str, lengths: list[int]) -> list[str]:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import files
-from errors import UserError
 from flags.generate import ExportConfig
 from musicgen import lora
 from musicgen.weights import portable, read_lm_state, save_tensors
@@ -12,8 +11,6 @@ from musicgen.weights import portable, read_lm_state, save_tensors
 def export(config: ExportConfig) -> Path:
     """Write the base model's weights with the adapters merged in. Raises: UserError."""
     path = Path(config.output)
-    if path.exists() and not config.overwrite:
-        raise UserError(f"--output={path}: exists; give another name, or --overwrite=1")
     adapters = [lora.read(folder) for folder in config.lora]
     model_id = config.model_id or adapters[0].config.base_model_name_or_path or "small"
 

@@ -1,6 +1,5 @@
 """Generate music with a fine-tuned MusicGen."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -21,25 +20,13 @@ from recordings import audio, wording
 from training.output import RUN
 
 
-def generate(config: GenerateConfig) -> list[Path]:
+def generate(config: GenerateConfig, paths: list[list[Path]]) -> list[Path]:
     """Write a wav for each prompt and variation; return their paths.
+
+    `paths` are those of each prompt, from commands/pieces.py.
 
     Raises: UserError for what the user can fix.
     """
-    paths = _output_paths(config)
-    for path in (path for group in paths for path in group):
-        if path.exists() and not config.overwrite:
-            raise UserError(f"{path} exists: give another --output_dir or --seed, or --overwrite=1")
-    if config.full_weights and not Path(config.full_weights).is_file():
-        raise UserError(
-            f"--weights_path={config.full_weights}: no such file; give the lm_final.pt that run.py "
-            "wrote, or --weights_path=None for the untuned model"
-        )
-    for flag in ("prompt_audio", "melody"):
-        recording = getattr(config, flag)
-        if recording and not Path(recording).is_file():
-            raise UserError(f"--{flag}={recording}: no such file")
-
     adapters = [lora.read(folder) for folder in config.lora or []]
     embeddings = [placeholder.read(path) for path in config.embedding or []]
     files.check_writable(paths[0][0].parent, "--output_dir")
@@ -86,39 +73,6 @@ def generate(config: GenerateConfig) -> list[Path]:
     for path in written:
         print(path)
     return written
-
-
-def _output_paths(config: GenerateConfig) -> list[list[Path]]:
-    """Return a wav path for each variation of each prompt.
-
-    Example: "Slow piano, 90 bpm", seed 3 -> slow-piano-90-bpm_3_1.wav, slow-piano-90-bpm_3_2.wav
-    """
-    output = Path(config.output_dir)
-    if output.suffix.lower() == ".wav":
-        if len(config.prompt) * config.variations > 1:
-            raise UserError(
-                f"--output_dir={config.output_dir}: one file for "
-                f"{len(config.prompt) * config.variations} pieces; name a folder"
-            )
-        return [[output]]
-    if output.is_file():
-        raise UserError(
-            f"--output_dir={config.output_dir}: is a file; name a folder or a .wav file"
-        )
-    groups: list[list[Path]] = []
-    taken: set[str] = set()
-    for number, prompt in enumerate(config.prompt, start=1):
-        words = re.findall(r"\w+", prompt.lower())
-        slug = "-".join(words)[:60].strip("-") or "empty"
-        while slug in taken:
-            slug = f"{slug}-{number}"
-        taken.add(slug)
-        stem = f"{slug}_{config.seed}"
-        numbered = [f"{stem}_{n + 1}.wav" for n in range(config.variations)]
-        groups.append(
-            [output / n for n in (numbered if config.variations > 1 else [f"{stem}.wav"])]
-        )
-    return groups
 
 
 def _model_id(

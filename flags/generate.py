@@ -1,5 +1,6 @@
 """The flags of generate.py and export.py."""
 
+from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field
@@ -135,4 +136,7 @@ class ExportConfig(Flags):
         return _one_scale_each(self.lora, self.lora_scale)
 
     def _problems(self) -> list[str]:
-        return _scale_problems(self.lora, self.lora_scale)
+        problems = _scale_problems(self.lora, self.lora_scale)
+        if Path(self.output).exists() and not self.overwrite:
+            problems.append(f"--output={self.output}: exists; give another name, or --overwrite=1")
+        return problems

@@ -116,7 +116,7 @@ def parse(cls: type[FlagsT]) -> FlagsT:
     the types and ranges of all flags at once.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text(cls, Path(sys.argv[0]).name))
+        print(help_text(cls), flush=True)
         sys.exit()
     given: dict[str, Any] = {}
     stray: tuple[str, ...] = ()
@@ -145,7 +145,7 @@ def parse(cls: type[FlagsT]) -> FlagsT:
     return build(cls, given, stray)
 
 
-def help_text(cls: type[Flags], script: str) -> str:
+def help_text(cls: type[Flags]) -> str:
     """Return what --help prints: what the command does, and each flag with its default."""
     width = min(100, shutil.get_terminal_size().columns)
     lines = [inspect.cleandoc(cls.__doc__ or "")]
@@ -163,6 +163,9 @@ def help_text(cls: type[Flags], script: str) -> str:
                 subsequent_indent=" " * 6,
                 break_on_hyphens=False,
             )
+    if cls.POSITIONAL:
+        names_text = " and ".join(cls.POSITIONAL)
+        lines += ["", f"Without its name, in this order: {names_text}."]
     if cls.ALIASES:
         other = ", ".join(f"--{alias} for --{name}" for alias, name in cls.ALIASES.items())
         lines += ["", f"Other names: {other}."]

@@ -5,6 +5,7 @@ Python runs this file before any other file here, so it sets up what importing a
 
 import contextlib
 import importlib.machinery
+import importlib.metadata
 import logging
 import sys
 import types
@@ -48,25 +49,21 @@ def _without(name: str) -> Iterator[None]:
             sys.modules[name] = before
 
 
-def _import_audiocraft() -> None:
-    """Import audiocraft. Raises: UserError if it is missing or of another version."""
+def _check_version() -> None:
+    """Raise UserError with the line to type if audiocraft is missing, or another version."""
     try:
-        import audiocraft
-    except ModuleNotFoundError as error:
-        if error.name != "audiocraft":
-            raise
+        installed = importlib.metadata.version("audiocraft")
+    except importlib.metadata.PackageNotFoundError:
         raise UserError(f"audiocraft is not installed: {INSTALL}") from None
-    if audiocraft.__version__ != VERSION:
-        raise UserError(
-            f"audiocraft {audiocraft.__version__} is installed, but {VERSION} is needed: {INSTALL}"
-        )
-    # audiocraft's flashy would import wandb, which only --use_wandb=1 needs.
-    with warnings.catch_warnings(), _without("wandb"):
-        warnings.simplefilter("ignore")  # from libraries; a user can do nothing about them
-        import audiocraft.models
+    if installed != VERSION:
+        raise UserError(f"audiocraft {installed} is installed, but {VERSION} is needed: {INSTALL}")
 
 
+_check_version()
 _stand_in_for_xformers()
-_import_audiocraft()
+# flashy, a part of audiocraft, would import wandb, which only --use_wandb=1 needs.
+with warnings.catch_warnings(), _without("wandb"):
+    warnings.simplefilter("ignore")  # from the libraries; users can do nothing about them
+    import audiocraft.models  # noqa: F401
 for _library in ("audiocraft", "bitsandbytes"):
     logging.getLogger(_library).setLevel(logging.ERROR)

@@ -34,8 +34,8 @@ class _Melody(MelodyConditioner):
         return torch.empty(self.chroma_len, self.dim)
 
 
-def build_lm(cfg: Any, t5_cfg: Any, layers: int, layers_dtype: torch.dtype) -> LMModel:
-    """Build a language model with `layers` layers on the meta device, like `load`'s."""
+def build_skeleton(cfg: Any, t5_cfg: Any, layers: int, layers_dtype: torch.dtype) -> LMModel:
+    """Build a language model with `layers` layers on the meta device, like that of `load_model`."""
     sizes = builders.dict_from_config(cfg.transformer_lm) | {"num_layers": layers}
     sizes.pop("q_modeling", None)  # an older name for the pattern
     window_sec = cfg.dataset.segment_duration

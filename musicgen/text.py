@@ -16,7 +16,7 @@ from recordings import captions, wording
 
 
 def text_conditioner(lm: LMModel) -> T5Conditioner:
-    """Return the text conditioner of a model that `load` has accepted; it has one."""
+    """Return the text conditioner of a model that `load_model` has accepted; it has one."""
     conditioners = lm.condition_provider.conditioners.values()
     return next(c for c in conditioners if isinstance(c, T5Conditioner))
 

@@ -73,7 +73,7 @@ def _model_facts(session: Session) -> str:
 
 def _warmup_facts(session: Session) -> str:
     asked = session.config.warmup_steps
-    if session.warmup < asked:
+    if session.warmup < asked and session.resumed is None:
         return f"{session.warmup} (shortened from {asked}: the run has {session.total} steps)"
     return f"{session.warmup}"
 

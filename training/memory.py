@@ -22,7 +22,7 @@ from transformers import T5EncoderModel
 from flags.run import Config
 from musicgen.codec import WINDOW_SEC
 from musicgen.loss import TokenLoss
-from musicgen.skeleton import build_encoder, build_lm, frame_rate, make_fake
+from musicgen.skeleton import build_encoder, build_skeleton, frame_rate, make_fake
 from training.optimizer import moments_bytes
 from training.tuning import tuning_of
 
@@ -151,7 +151,7 @@ def language_model(config: Config, model: Configs, layers: int, dtype: torch.dty
     """Build a language model on the meta device, set up for training."""
     cfg, _, t5_cfg = model
     tuning = tuning_of(config)
-    lm = build_lm(cfg, t5_cfg, layers, tuning.layers_dtype(dtype))
+    lm = build_skeleton(cfg, t5_cfg, layers, tuning.layers_dtype(dtype))
     with torch.device("meta"):
         tuning.prepare(lm)
     return lm.train()

@@ -29,7 +29,13 @@ FREE_TO_CHANGE = {
     *("keep_checkpoints", "save_dtype", "use_wandb", "wandb_project", "wandb_name"),
 }
 
-CONSTANTS = {"drop_desc_p": DROP_P, "drop_other_p": DROP_P, "lora_rslora": False}  # once flags
+# What earlier versions could be told otherwise, and the values that are left.
+LEFT: dict[str, list[Any]] = {
+    "drop_desc_p": [DROP_P],
+    "drop_other_p": [DROP_P],
+    "lora_rslora": [False],
+    "lr_scheduler": ["cosine", "constant"],
+}
 
 
 def save_resume(session: Session, *, is_finished: bool = False) -> None:
@@ -96,6 +102,17 @@ def restore(session: Session, state: dict[str, Any]) -> None:
 
 
 def _check_same_run(session: Session, state: dict[str, Any]) -> None:
+    gone = [
+        f"--{name}={value}"
+        for name, value in state["config"].items()
+        if name in LEFT and value not in LEFT[name]
+    ]
+    if gone:
+        raise UserError(
+            f"--resume=1: the run in {session.output} was started by an earlier version with "
+            f"{', '.join(gone)}, which this version no longer has. Finish it with that version, "
+            "or start anew with another --output_dir or --overwrite=1"
+        )
     config, old = session.config, Config.model_construct(**state["config"])
     changes = [
         f"--{name}={getattr(config, name)}, was {getattr(old, name)}"
@@ -107,11 +124,6 @@ def _check_same_run(session: Session, state: dict[str, Any]) -> None:
             f"{session.plan.clips_per_step} clips in a step (batch_size x grad_acc x processes), "
             f"were {state['clips_per_step']}"
         )
-    changes += [
-        f"{name} was {state['config'][name]}, and is always {value} in this version"
-        for name, value in CONSTANTS.items()
-        if state["config"].get(name, value) != value
-    ]
     if changes:
         raise UserError(
             "--resume=1 continues the run in "

@@ -26,8 +26,9 @@ from training.tuning import tuning_of
 
 
 def start(config: Config) -> Session:
-    """Load and check everything that a run needs, quick checks first; print and delete nothing.
+    """Load and check everything that a run needs, quick checks first.
 
+    Deletes nothing, and prints nothing but the progress of encoding.
     Raises: UserError for what the user can fix.
     """
     folder = Path(config.output_dir)

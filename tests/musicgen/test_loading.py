@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ import torch
 from audiocraft.models import MusicGen
 from audiocraft.modules import transformer
 from audiocraft.modules.conditioners import ConditioningAttributes
-from conftest import run_script, tone, weights
+from conftest import ROOT, run_script, tone, weights
 from huggingface_hub import constants
 from omegaconf import OmegaConf
 from transformers import EncodecConfig, EncodecModel
 
+import musicgen
 import run
 from demo.tiny import build_hub_cache, build_musicgen
 from errors import UserError
@@ -347,25 +349,29 @@ def test_the_dropout_settings_of_a_published_config_are_no_obstacle(mono_folder,
     assert text_conditioner(model.lm).word_dropout == 0
 
 
-@pytest.mark.parametrize(
-    ("package", "what"),
-    [
-        ("raise ModuleNotFoundError('gone', name='audiocraft')", "audiocraft is not installed"),
-        ("__version__ = '1.2.0'", "audiocraft 1.2.0 is installed, but 1.3.0 is needed"),
-    ],
-)
-@pytest.mark.parametrize("script", ["run.py", "generate.py", "export.py", "prepare.py"])
-def test_without_the_right_audiocraft_each_command_says_the_line_to_type(
-    script, package, what, tmp_path
-):
-    (tmp_path / "audiocraft").mkdir()
-    (tmp_path / "audiocraft" / "__init__.py").write_text(package)
-    words = {
-        "run.py": ["--dataset_path=demo/dataset/train"],
-        "generate.py": ["--prompt=a waltz", "--weights_path=None"],
-        "export.py": [f"--lora={tmp_path}"],
-        "prepare.py": ["encode", "demo/dataset/train", tmp_path / "tokens"],
-    }
-    result = run_script(script, *words[script], PYTHONPATH=str(tmp_path))
+def test_another_audiocraft_is_refused_with_the_line_to_type(tmp_path):
+    info = tmp_path / "audiocraft-1.2.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: audiocraft\nVersion: 1.2.0\n")
+    result = run_script(
+        "run.py", "--dataset_path=demo/dataset/train", PYTHONPATH=str(tmp_path)
+    )  # where Python looks first
     assert result.returncode == 1
-    assert result.stderr == f"error: {what}: pip install --no-deps audiocraft==1.3.0\n"
+    assert result.stderr == (
+        "error: audiocraft 1.2.0 is installed, but 1.3.0 is needed: "
+        "pip install --no-deps audiocraft==1.3.0\n"
+    )
+
+
+def test_a_missing_audiocraft_is_told_with_the_line_to_type(monkeypatch):
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(UserError, match="is not installed: pip install --no-deps audiocraft==1.3"):
+        musicgen._check_version()
+
+
+def test_wandb_is_not_imported_with_audiocraft():
+    code = "import sys, musicgen; sys.exit('wandb' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

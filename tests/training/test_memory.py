@@ -92,7 +92,7 @@ def test_published_sizes():
     for name, millions in (("small", 420.4), ("stereo-small", 437.2)):
         model = configs(name)
         layers = model[0].transformer_lm.num_layers
-        lm = skeleton.build_lm(model[0], model[2], layers, torch.bfloat16)
+        lm = skeleton.build_skeleton(model[0], model[2], layers, torch.bfloat16)
         assert round(sum(p.numel() for p in lm.parameters()) / 1e6, 1) == millions
 
 
