@@ -368,7 +368,7 @@ def test_a_missing_audiocraft_is_told_with_the_line_to_type(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", missing)
-    with pytest.raises(UserError, match="is not installed: pip install --no-deps audiocraft==1.3"):
+    with pytest.raises(UserError, match="is not installed: pip install --no-deps"):
         musicgen._check_version()
 
 
