@@ -148,7 +148,10 @@ def at_encoding(number: int, act: Callable[[], None]) -> Iterator[None]:
 
 # A run's 13 encodings, V of validation and 1 to 6 of these steps: V 11 2 V 33 4 V 55 6 V
 MOMENTS = [("fault", number) for number in range(1, 14)]
-MOMENTS += [(way, number) for way in WAYS if way != "fault" for number in (1, 3, 4, 7, 12, 13)]
+SIGNALS = {"SIGINT": (1, 7, 12), "SIGTERM": (3, 4, 13), "SIGINT twice": (1, 4, 13)}
+MOMENTS += [(way, number) for way, numbers in SIGNALS.items() for number in numbers]
+MORE = [(way, n) for way in SIGNALS for n in (1, 3, 4, 7, 12, 13) if n not in SIGNALS[way]]
+MOMENTS += [pytest.param(*moment, marks=pytest.mark.long) for moment in MORE]
 
 
 @pytest.mark.parametrize(("way", "number"), MOMENTS)
