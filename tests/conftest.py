@@ -114,14 +114,17 @@ def tiny_config(model: Path, data: Path, output: Path, **flags: Any) -> Config:
     return Config(**{**paths, **tiny, **here, **flags})
 
 
+def no_picture(rows: list[dict[str, Any]]) -> Figure:
+    """In place of a run's curves, which take longer to draw than a tiny run."""
+    return Figure(figsize=(1, 1))
+
+
 @pytest.fixture
 def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Train in this process: `fit(model, data, "run", epochs=2)` -> its output folder."""
     from train import train
 
-    monkeypatch.setattr(
-        "training.report.plot", lambda rows: Figure(figsize=(1, 1))
-    )  # saves seconds
+    monkeypatch.setattr("training.report.plot", no_picture)
 
     def run(model: Path, data: Path, name: str = "run", **flags: Any) -> Path:
         AcceleratorState._reset_state(reset_partial_state=True)  # one a process: as in a new one
@@ -208,6 +211,7 @@ def cli(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Result]:
     """A script's main() in this process: `cli(run, "--lr", lr=1e-4)` -> Result."""
+    monkeypatch.setattr("training.report.plot", no_picture)
 
     def call(script: ModuleType, *words: str, **flags: object) -> Result:
         given = [f"--{name}={value}" for name, value in flags.items()]

@@ -250,8 +250,7 @@ def build_hf_codec(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("where", ["in the folder", "in the cache"])
-@pytest.mark.parametrize("kind", ["mono", "stereo"])
+@pytest.mark.parametrize(("kind", "where"), [("mono", "in the cache"), ("stereo", "in the folder")])
 def test_a_codec_given_by_name_loads(
     kind, where, wide, hf_home, tmp_path, monkeypatch, make_pairs, cli
 ):

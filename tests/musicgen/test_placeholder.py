@@ -214,6 +214,7 @@ def test_on_the_demo_model_held_out_music_becomes_likelier_with_the_word_alone(f
     """Jigs on the ocarina, which the model doesn't know."""
     data = ROOT / "demo" / "dataset"
     flags = {"duration": 2, "batch_size": 5, "max_steps": 20, "lr": 0.1, "warmup_steps": 2}
+    flags |= {"cache_tokens": True}
     output = fit("demo", data / "train", **flags, placeholder=WORD, valid_path=str(data / "valid"))
     losses = [row["valid_loss"] for row in metrics(output) if "valid_loss" in row]
     assert losses[-1] < losses[0] - 0.03

@@ -47,13 +47,21 @@ def one_process(mono_folder, tmp_path_factory) -> tuple[Path, Path]:
     return dataset, output
 
 
-def test_two_processes_train_as_one(one_process, mono_folder, tmp_path) -> None:
+@pytest.mark.parametrize("is_launched", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_two_processes_train_as_one(
+    is_launched, one_process, mono_folder, tmp_path, processes
+) -> None:
+    """With what a launcher gives them; and started by `accelerate launch` itself."""
     dataset, alone = one_process
     output = tmp_path / "two"
-    shape = ["--batch_size=1", "--grad_acc=2"]
-    process = launch("accelerate", *flags(dataset, mono_folder, output), *shape)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
+    words = [*flags(dataset, mono_folder, output), "--batch_size=1", "--grad_acc=2"]
+    if is_launched:
+        process = launch("accelerate", *words)
+        stdout, stderr = process.communicate(timeout=120)
+        codes = {process.returncode}
+    else:
+        codes, stdout, stderr = Started(processes, tmp_path / "logs", *words, count=2).end()
+    assert codes == {0}, stderr
     assert_same_run(alone, output, 1e-6)
     assert stdout.count("step 8/8  loss") == 1  # one process speaks
     assert stdout.count("2 process(es)") == 2  # and says so in "device" and "batch"

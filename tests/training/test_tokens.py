@@ -70,19 +70,19 @@ def make_clips(model, tracks, found: Tokens | None, **how) -> Clips:
 
 
 def test_training_neither_decodes_nor_encodes_and_learns_the_same(
-    fit, model_folder, make_pairs, monkeypatch
+    fit, stereo_folder, make_pairs, monkeypatch
 ):
     data = make_pairs(seconds=(4.0, 3.0, 2.0), channels=2)
     flags = {"max_steps": 30, "lr": 3e-3, "valid_path": str(data), "valid_step": 30}
-    fit(model_folder, data, "plain", **flags)
-    fit(model_folder, data, "fill", max_steps=1, cache_tokens=True, valid_path=str(data))
+    fit(stereo_folder, data, "plain", **flags)
+    fit(stereo_folder, data, "fill", max_steps=1, cache_tokens=True, valid_path=str(data))
 
     def fail(*_: object) -> None:
         raise AssertionError
 
     monkeypatch.setattr("musicgen.codec.encode_audio", fail)
     monkeypatch.setattr("recordings.audio.read_crop", fail)
-    fit(model_folder, data, "kept", **flags, cache_tokens=True)
+    fit(stereo_folder, data, "kept", **flags, cache_tokens=True)
     curves = {}
     for name in ("plain", "kept"):
         rows = metrics(data.parent / name)
@@ -235,16 +235,16 @@ def test_a_short_clips_padding_is_not_trained_on(fit, mono_folder, make_pairs, m
 
 @pytest.mark.parametrize("seconds", [9.0, 10.4, 14.0, 14.01, 23.3])
 def test_a_long_recording_is_encoded_in_blocks_with_the_same_codes(
-    model_folder, make_pairs, monkeypatch, encoded, seconds
+    stereo_folder, make_pairs, monkeypatch, encoded, seconds
 ):
     data = make_pairs(seconds=(seconds,), sample_rate=16_000, channels=2)
-    model, found, (track,) = prepared(model_folder, data)
+    model, found, (track,) = prepared(stereo_folder, data)
     whole = found.crop(track, 0, 10**6)
     assert whole.shape == (model.lm.num_codebooks, seconds * 50 // 1)
     monkeypatch.setattr("musicgen.codec.WINDOW_SEC", 6)
     monkeypatch.setattr("musicgen.codec.MARGIN_SEC", 1)
     encoded.clear()
-    _, found, _ = prepared(model_folder, data)
+    _, found, _ = prepared(stereo_folder, data)
     assert encoded and max(encoded) <= 6 * RATE
     blocks = found.crop(track, 0, 10**6)
     assert blocks.shape == whole.shape
