@@ -64,7 +64,6 @@ test: install
 
 test-long: install
 	$(PYTEST) -m long
-	$(BIN)/python tests/fuzz.py --count=4000
 
 lint: install
 	$(BIN)/ruff check

@@ -3,8 +3,8 @@
     python tests/fuzz.py --count=3000 --seed=0
 
 What is damaged must be named with a reason, at once (told) or when it is listened to (told later),
-or decode fully. A part of it runs in test_prepare.py. `--first=17 --count=1` makes number 17 again,
-but for the random numbers that Ogg files are marked with.
+or decode fully. `make test` looks at 60 files, `make test-long` at 4,000. `--first=17 --count=1`
+makes number 17 again, but for the random numbers that Ogg files are marked with.
 """
 
 import json

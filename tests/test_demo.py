@@ -1,6 +1,6 @@
 """The demo's model plays what it is asked for, and fine-tuning teaches it a style it didn't know.
 
-With wrong trainers the same checks fail: the last tests put the faults in that other trainers had.
+With wrong trainers the same checks fail: the last tests put in faults that other trainers had.
 """
 
 import json
@@ -248,7 +248,7 @@ def test_after_fine_tuning_a_judge_hears_the_instrument(fit, model, untaught_mus
     assert heard(music) > heard(untaught_music) + 1  # 7 and 2, of 8
 
 
-# Each fault is noticed; in a few steps of a small model, in test_steps.py.
+# Each fault is noticed here, as it is in a few steps of a small model in test_steps.py.
 
 
 @pytest.mark.long

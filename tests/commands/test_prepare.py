@@ -163,10 +163,10 @@ def test_a_decoder_that_ends_its_process_is_told(look, tmp_path, monkeypatch):
     assert "clip0.wav: this file, or one soon after it, ended the process" in look(data).err
 
 
-def test_of_damaged_files_none_crashes_it_and_none_is_passed_over(capsys):
-    """A part of what tests/fuzz.py does; there is more from time to time."""
-    totals = fuzz.run(count=60, seed=1)
-    assert sum(totals.values()) == 60
+@pytest.mark.parametrize("count", [60, pytest.param(4_000, marks=pytest.mark.long)])
+def test_of_damaged_files_none_crashes_it_and_none_is_passed_over(count, capsys):
+    totals = fuzz.run(count=count, seed=1)
+    assert sum(totals.values()) == count
     assert not {outcome for _, outcome in totals} & set(fuzz.WRONG), capsys.readouterr().out
     assert {outcome for _, outcome in totals} > {"told", "decoded"}
 
