@@ -1,8 +1,9 @@
 """Prepare a dataset for training: check it, clean it, encode it, put it into shards."""
 
+import difflib
 import sys
 
-from errors import plain_errors
+from errors import UserError, plain_errors
 from flags.parse import parse
 from flags.prepare import CheckConfig, CleanConfig, EncodeConfig, ShardConfig
 
@@ -24,6 +25,11 @@ def main() -> None:
         commands = {"check": _check, "clean": _clean, "encode": _encode, "shard": _shard}
         command = commands.get("".join(sys.argv[1:2]))
         if command is None:
+            given = sys.argv[1:2]
+            if given and not given[0].startswith("-"):
+                close = difflib.get_close_matches(given[0], commands, n=1)
+                did_you_mean = f"; did you mean {close[0]}?" if close else ""
+                raise UserError(f"{given[0]}: no such command{did_you_mean}\n{USAGE}")
             print(USAGE)
             sys.exit(0 if {"--help", "-h"} & set(sys.argv[1:]) else 2)
         del sys.argv[1]

@@ -155,8 +155,10 @@ def _print_list(what: str, names: list[str], limit: int) -> None:
 def _verdict(would_start: bool, *, is_fixed: bool) -> str:
     if would_start:
         return "Training would start."
-    remedy = "." if is_fixed else ", or let --fix=NEW_FOLDER copy what is usable."
-    return f"Training would not start: fix these files, or move them out{remedy}"
+    if is_fixed:
+        return "Training would not start here: train on the folder of --fix instead."
+    remedy = "fix these files, or move them out, or let --fix=NEW_FOLDER copy what is usable"
+    return f"Training would not start: {remedy}."
 
 
 def _listen_to_all(tracks: list[Track]) -> Iterator[Sound | str]:
@@ -241,7 +243,9 @@ def _caption_lengths(texts: list[str]) -> tuple[str, list[int]]:
     """
     names = ("tokenizer.json", "spiece.model")  # without either, transformers invents a tokenizer
     if not any(isinstance(try_to_load_from_cache("t5-base", name), str) for name in names):
-        return "words (T5's tokens once a model is downloaded)", [len(c.split()) for c in texts]
+        return "words (counted in T5's tokens once a model is downloaded)", [
+            len(c.split()) for c in texts
+        ]
     from transformers import T5Tokenizer
 
     tokenizer = T5Tokenizer.from_pretrained("t5-base", local_files_only=True)

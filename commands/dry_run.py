@@ -53,7 +53,10 @@ def dry_run(config: Config) -> str:
     ]
     if torch.cuda.is_available():
         rows.append(f"           this GPU has {_gb(torch.cuda.mem_get_info()[1])}")
-    rows.append("to need less, least harmful first, each with the flags above it:")
+    rows.append(
+        "to use less memory, least harmful first; each line adds to those above, and a later "
+        "--optimizer replaces an earlier one:"
+    )
     for flags, changed in _thriftier(config):
         lower = estimate(changed, model, frames, dtype, encodes=encodes)
         rows.append(f"  {_gb(lower.peak):>8}  with {flags}")

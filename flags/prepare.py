@@ -95,8 +95,8 @@ class CleanConfig(CaptionFlags):
     piece_sec: float = Field(
         30.0,
         ge=1,
-        description="seconds; a shorter piece is joined to the next one, unless as long a "
-        "silence lies between them",
+        description="shortest piece in seconds; a shorter one is joined to the next, unless the "
+        "silence between them is at least this long",
     )
     loudness: float | None = Field(
         None,

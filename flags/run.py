@@ -17,12 +17,12 @@ class Config(CaptionFlags):
 
     ALIASES: ClassVar[dict[str, str]] = {"dataset": "dataset_path"}
     REMOVED: ClassVar[dict[str, str]] = {
-        "drop_desc_p": "the description is dropped with audiocraft's probability of 0.5",
-        "drop_other_p": "each other field is dropped with audiocraft's probability of 0.5",
+        "drop_desc_p": "leave it out; descriptions are dropped with probability 0.5",
+        "drop_other_p": "leave it out; each other field is dropped with probability 0.5",
         "lora_rslora": "give a larger --lora_alpha; adapters are multiplied by alpha / rank",
     }
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "Most people need these seven": (
+        "The seven most people need": (
             "dataset_path",
             "model_id",
             "output_dir",
@@ -173,7 +173,7 @@ class Config(CaptionFlags):
         1e-5, ge=0, description="AdamW weight decay, except on biases and norms; 0 = off"
     )
     lr_scheduler: Literal["cosine", "constant"] = Field(
-        "cosine", description="after the warm-up: to 0 at the last step, or constant"
+        "cosine", description="after the warm-up: cosine falls to 0 at the last step; or constant"
     )
     max_grad_norm: float = Field(1.0, ge=0, description="gradient norm limit; 0 = off")
     ema_decay: float = Field(

@@ -67,7 +67,7 @@ def _model_facts(session: Session) -> str:
     trained = tuning.describe(sum(p.numel() for p in session.trained.values()))
     facts = f"{config.model_id}, {everything / 1e6:.1f} M parameters, {trained}"
     if tuning.usual_lr and "lr" not in config.model_fields_set:
-        facts += f"; --lr={config.lr:g} is for all weights, {tuning.usual_lr}"
+        facts += f"; the default --lr={config.lr:g} suits all weights, {tuning.usual_lr}"
     return facts
 
 

@@ -92,7 +92,7 @@ class TextTuning(_Frozen):
 class LoraTuning(_Frozen):
     """Trains adapters; saves them merged into the weights, and at the end also by themselves."""
 
-    usual_lr = "LoRA usually takes 1e-4"
+    usual_lr = "LoRA usually needs --lr=1e-4"
     adapter: "PeftModel"  # the language model with its adapters
 
     def prepare(self, lm: Any) -> None:
@@ -135,7 +135,7 @@ class WordTuning(_Frozen):
             word, conditioner = str(self.config.placeholder), text_conditioner(lm)
             vector = placeholder.mean_vector(conditioner, self.config.placeholder_init)
             self.new_word = placeholder.add(conditioner, word, vector, f"--placeholder={word}")
-            self.usual_lr = f"this usually takes {self.new_word.usual_lr():.0e}"
+            self.usual_lr = f"a new word usually needs --lr={self.new_word.usual_lr():.0e}"
         return {"placeholder": self.new_word.vector}
 
     def describe(self, count: int) -> str:

@@ -279,9 +279,13 @@ def test_what_a_run_leaves(cli, mono_folder, make_pairs, tmp_path):
     result = cli(run, **flags)
     assert result.code == 0, result.err
     assert result.out.endswith(f"done: {output / EMBEDDING}\n")
-    told = "32 numbers trained, the vector of <my-style>; --lr=1e-05 is for all weights, this "
-    assert f"{told}usually takes 5e-02\n" in result.out  # this T5's numbers are about 1 in size
-    assert "usually takes" not in cli(run, **flags, overwrite=1, lr=0.1).out
+    told = (
+        "32 numbers trained, the vector of <my-style>; the default --lr=1e-05 suits all weights, a "
+    )
+    assert (
+        f"{told}new word usually needs --lr=5e-02\n" in result.out
+    )  # this T5's numbers are about 1 in size
+    assert "usually needs" not in cli(run, **flags, overwrite=1, lr=0.1).out
     steps = {f"learned_embeds_{step}.safetensors" for step in (3, 4)}
     rest = {"metrics.jsonl", "resume.pt", "run.json", "training.png"}
     assert {path.name for path in output.iterdir()} == {EMBEDDING} | steps | rest
