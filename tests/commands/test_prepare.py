@@ -144,7 +144,7 @@ def test_nothing_of_the_users_is_overwritten(look, tmp_path):
 def test_mistakes_are_told(look, cli, tmp_path):
     assert cli(prepare).code == 2
     assert cli(prepare, "--help").code == 0
-    assert cli(prepare, "chekc", ".").code == 2
+    assert "did you mean check?" in cli(prepare, "chekc", ".").err
     (tmp_path / "empty").mkdir()
     assert "no recordings" in look(tmp_path / "empty").err
     assert "--fxi" in look(tmp_path, fxi="x").err

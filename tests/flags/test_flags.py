@@ -202,8 +202,8 @@ def test_every_alias_is_tried():
 
 
 REMOVED = {
-    "drop_desc_p": "probability of 0.5",
-    "drop_other_p": "probability of 0.5",
+    "drop_desc_p": "probability 0.5",
+    "drop_other_p": "probability 0.5",
     "lora_rslora": "give a larger --lora_alpha",
 }
 
