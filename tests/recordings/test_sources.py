@@ -74,7 +74,7 @@ def test_a_lossy_file_is_heard_without_delay(suffix, tmp_path):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_only_the_crop_is_decoded(suffix, tmp_path, monkeypatch):
-    captioned(tmp_path, f"a.{suffix}", seconds=20.0)
+    captioned(tmp_path, f"a.{suffix}", seconds=60.0)
     decoded = []
     decode, read = m4a._decode, sf.SoundFile.read
 
