@@ -138,7 +138,12 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
 def processes() -> Iterator[ForkServerContext]:
     """Processes that start with everything imported: a fresh Python needs 10 s for that."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        places = [
+            str(ROOT),
+            str(ROOT / "tests"),
+            *os.environ.get("PYTHONPATH", "").split(os.pathsep),
+        ]
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["train"])
         context.Process().start()  # and with it the server, that has this PYTHONPATH

@@ -1,9 +1,12 @@
 """Scripts in processes of their own: two that train together, or one that is to be stopped."""
 
+import contextlib
+import fcntl
 import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -71,6 +74,20 @@ class Started:
         for process in self.processes:
             os.killpg(process.pid, number)
 
+    def is_gone(self, timeout: float = 60) -> bool:
+        """Whether all have ended, and all that they have started: each holds a lock on the log."""
+        end = time.monotonic() + timeout
+        for path in self.logs.glob("*.err"):
+            with path.open("rb") as file:
+                while time.monotonic() < end:
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    time.sleep(0.05)
+                else:
+                    return False
+        return True
+
     def end(self, timeout: float = 120) -> tuple[set[int | None], str, str]:
         """Wait for all -> their exit codes, stdout, stderr."""
         for process in self.processes:
@@ -93,6 +110,7 @@ def _work(main: Callable[[], object], words: list[str], environment: dict, log: 
     for number, name in ((1, "out"), (2, "err")):
         with log.with_suffix(f".{name}").open("wb") as file:
             os.dup2(file.fileno(), number)
+    fcntl.flock(2, fcntl.LOCK_EX)
     sys.argv = [f"{main.__module__}.py", *words]
     main()
 

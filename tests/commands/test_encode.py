@@ -389,6 +389,13 @@ def test_shards_of_the_same_plan_are_kept_and_no_others(shard, make_pairs, tmp_p
 # Kills, full disks.
 
 
+def prepare_slowly() -> None:
+    """So that it is killed in the middle on a busy machine too."""
+    write = files.write
+    files.write = lambda *what: time.sleep(0.5) or write(*what)
+    prepare.main()
+
+
 @pytest.mark.parametrize("command", ["encode", "shard"])
 def test_a_killed_run_goes_on_to_the_same_bytes(
     command, make_pairs, tmp_path, encode, shard, mono_folder, processes
@@ -399,7 +406,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     whole, out = everything(tmp_path / "whole" / "o"), tmp_path / "killed" / "o"
     more = {"model_id": mono_folder, "device": "cpu"} if command == "encode" else flags
     words = (command, data, out)
-    started = Started(processes, tmp_path / "logs", *words, main=prepare.main, **more)
+    started = Started(processes, tmp_path / "logs", *words, main=prepare_slowly, **more)
     end = time.monotonic() + 60
     while started.is_alive() and time.monotonic() < end:
         if len(list(out.glob("*[rs]"))) > 2:  # some are done
