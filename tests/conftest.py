@@ -138,11 +138,8 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
 def processes() -> Iterator[ForkServerContext]:
     """Processes that start with everything imported: a fresh Python needs 10 s for that."""
     with pytest.MonkeyPatch.context() as patch:
-        places = [
-            str(ROOT),
-            str(ROOT / "tests"),
-            *os.environ.get("PYTHONPATH", "").split(os.pathsep),
-        ]
+        others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        places = [str(ROOT), str(ROOT / "tests"), *others]
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, places)))
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["train"])
