@@ -447,7 +447,7 @@ def test_a_full_disk_leaves_no_broken_file(
         patch.setattr("files.write", on_a_full_disk)
         result = call(data, out)
     assert result.code == 1
-    assert re.search(r"could not be written \(.*No space left on device", result.err)
+    assert re.search(r"can't be written \(.*No space left on device", result.err)
     left = everything(out)
     assert left and not [name for name in left if re.search("clip1.safe|000001|tmp", name)]
     assert call(data, out).code == 0

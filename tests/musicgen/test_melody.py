@@ -317,4 +317,4 @@ def test_generation_follows_the_melody_that_is_given(folder, mono_folder, tmp_pa
     assert audio[0].shape == audio[1].shape == (RATE,)
     assert not np.array_equal(*audio)
     result = cli(generate, **asked(mono_folder, tmp_path / "no.wav"), melody=melody)
-    assert result.code == 1 and "takes none" in result.err
+    assert result.code == 1 and "takes no melody" in result.err

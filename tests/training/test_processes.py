@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import write_pairs
 from processes import Started, assert_same_run, launch
 
@@ -43,6 +44,7 @@ def one_process(mono_folder, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("processes")
     dataset = write_pairs(folder / "dataset", seconds=(3.0, 2.0, 1.5, 4.0, 3.5, 1.0, 5.0))
     output = folder / "one"
+    AcceleratorState._reset_state(reset_partial_state=True)  # one a process: as in a new one
     train(Config(**options(dataset, mono_folder, output), batch_size=4, grad_acc=1))
     return dataset, output
 
