@@ -37,7 +37,7 @@ MAKER = {"Software": "MusicGen Trainer"}  # stored in the picture, to recognise 
 
 
 class Sound(NamedTuple):
-    """What a recording sounds like: its level, and the shares of it that clip or are silent."""
+    """The sound of a recording: its level, and the shares of it that clip or are silent."""
 
     level_db: float  # RMS, of full scale
     clipped: float

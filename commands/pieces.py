@@ -1,4 +1,4 @@
-"""Where the pieces of generate.py go; checked before torch and audiocraft are imported."""
+"""The files of generate.py's pieces, checked before torch and audiocraft are imported."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What docs/draw_structure.py draws: which file imports which, and where each box stands."""
+"""Read which file imports which, and place the boxes that docs/draw_structure.py draws."""
 
 import ast
 import random

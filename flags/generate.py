@@ -95,7 +95,7 @@ class GenerateConfig(Flags):
 
     @property
     def scales(self) -> list[float]:
-        """Of each adapter in `lora`."""
+        """The scale of each adapter in `lora`."""
         return _one_scale_each(self.lora or [], self.lora_scale)
 
     @property
@@ -132,7 +132,7 @@ class ExportConfig(Flags):
 
     @property
     def scales(self) -> list[float]:
-        """Of each adapter in `lora`."""
+        """The scale of each adapter in `lora`."""
         return _one_scale_each(self.lora, self.lora_scale)
 
     def _problems(self) -> list[str]:

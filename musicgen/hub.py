@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, or the local cache of the Hugging Face hub."""
+"""Find a model's files: in a folder, or in the local cache of the Hugging Face hub."""
 
 import contextlib
 import functools

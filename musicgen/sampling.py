@@ -22,7 +22,7 @@ OVERLAP_SEC = 12.0
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next code is chosen. The defaults are audiocraft's."""
+    """The choice of the next code. The defaults are audiocraft's."""
 
     top_k: int = 250
     top_p: float = 0.0

@@ -23,7 +23,7 @@ JUST_NOW_SEC = 2  # step of mtime on some file systems, within which a second ch
 
 
 class Index:
-    """What `audio.check` found in one dataset's recordings, in the user's cache folder.
+    """The findings of `audio.check` in one dataset's recordings, in the user's cache folder.
 
     A row holds sample rate and frames, size and mtime in ns of the file on disk and, in a shard,
     offset and size. Rows are strings, which take a third of the memory.

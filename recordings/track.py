@@ -28,7 +28,7 @@ class Track:
 
     @property
     def source(self) -> Source:
-        """Where to read the recording."""
+        """The file or tar member to read."""
         return self.member or self.path
 
     @property

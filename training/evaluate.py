@@ -1,4 +1,4 @@
-"""How good a model is: validation loss, and samples to listen to."""
+"""Judge a model: validation loss, and samples to listen to."""
 
 import contextlib
 import math

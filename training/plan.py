@@ -1,4 +1,4 @@
-"""Which clips each optimizer step takes, and which process reads which of them."""
+"""Plan which clips each optimizer step takes, and read them in batches."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ from flags.run import Config
 
 @dataclass(frozen=True)
 class Plan:
-    """Which clips each optimizer step takes, and which process takes which of them.
+    """A plan of the clips that each optimizer step and each process takes.
 
     An epoch is a random order of all files, cut into as few steps as possible of at most
     `clips_per_step` clips; their sizes differ by at most one clip, so that no step learns from a

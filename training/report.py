@@ -1,4 +1,4 @@
-"""What a person looks at: lines on the screen, metrics.jsonl, training.png, wandb."""
+"""Report a run to a person: lines on the screen, metrics.jsonl, training.png, wandb."""
 
 import json
 import sys

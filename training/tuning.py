@@ -1,4 +1,4 @@
-"""What learns in a run: all weights, the text conditioning, LoRA adapters, or a new word."""
+"""The part of a model that learns in a run: all weights, the text conditioning, LoRA adapters, or a new word."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
