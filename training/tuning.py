@@ -1,4 +1,4 @@
-"""The part of a model that learns in a run: all weights, the text conditioning, LoRA adapters, or a new word."""
+"""The part of a model that learns: all weights, the text conditioning, adapters, or a new word."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
