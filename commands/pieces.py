@@ -12,7 +12,7 @@ def check(config: GenerateConfig) -> list[list[Path]]:
 
     Raises: UserError if a file is missing, or one would be overwritten.
     """
-    paths = output_paths(config)
+    paths = _output_paths(config)
     for path in (path for group in paths for path in group):
         if path.exists() and not config.overwrite:
             raise UserError(f"{path} exists: give another --output_dir or --seed, or --overwrite=1")
@@ -28,7 +28,7 @@ def check(config: GenerateConfig) -> list[list[Path]]:
     return paths
 
 
-def output_paths(config: GenerateConfig) -> list[list[Path]]:
+def _output_paths(config: GenerateConfig) -> list[list[Path]]:
     """Return a wav path for each variation of each prompt.
 
     Example: "Slow piano, 90 bpm", seed 3 -> slow-piano-90-bpm_3_1.wav, slow-piano-90-bpm_3_2.wav

@@ -33,7 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests sta
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is kept of recordings goes to a temporary folder, matplotlib's fonts do not."""
+    """Keep caches of recordings in a temporary folder, but matplotlib's fonts where they are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -201,7 +201,7 @@ def run_script(
 
 
 class Result(NamedTuple):
-    """How a command ended: exit code (0 = well), and what it wrote."""
+    """The end of a command: its exit code (0 = well), and what it wrote."""
 
     code: int
     out: str

@@ -87,7 +87,7 @@ def originals(folder: Path) -> dict[str, bytes]:
 
 
 def choose(number: int, seed: int, good: dict[str, bytes]) -> tuple[str, np.random.Generator]:
-    """Which kind of file `number` is, and what damages it."""
+    """Choose the kind of file that `number` is, and what damages it."""
     rng = np.random.default_rng([seed, number])
     return list(good)[rng.integers(len(good))], rng
 
@@ -151,7 +151,7 @@ def work(numbers: range, seed: int, good: dict[str, bytes], folder: Path, result
 
 
 def run(count: int, seed: int = 0, first: int = 0) -> Counter[tuple[str, str]]:
-    """What became of `count` damaged files: (name, outcome) -> how many. Prints what is wrong."""
+    """Damage `count` files and return (name, outcome) -> how many; print what is wrong."""
     totals: Counter[tuple[str, str]] = Counter()
     fork = multiprocessing.get_context("fork")  # a new one after each that dies, at once
     with tempfile.TemporaryDirectory() as temporary:

@@ -24,7 +24,7 @@ LAUNCHERS = {
 
 
 def launch(launcher: str, *flags: object) -> "subprocess.Popen[str]":
-    """As a user would; about 25 s of the processor go to imports."""
+    """Launch as a user would; imports take about 25 s of the processor."""
     return subprocess.Popen(
         [sys.executable, "-m", *LAUNCHERS[launcher], str(ROOT / "run.py"), *map(str, flags)],
         cwd=ROOT,
@@ -75,7 +75,7 @@ class Started:
             os.killpg(process.pid, number)
 
     def is_gone(self, timeout: float = 60) -> bool:
-        """Whether all have ended, and all that they have started: each holds a lock on the log."""
+        """Return whether all have ended, and all they started: each holds a lock on the log."""
         end = time.monotonic() + timeout
         for path in self.logs.glob("*.err"):
             with path.open("rb") as file:

@@ -35,7 +35,7 @@ from training.output import RESUME
 
 @dataclasses.dataclass
 class World:
-    """Where a case takes place: it may spoil anything here, and names the flags that lead to it."""
+    """The place of a case, which may spoil anything here and names the flags that lead to it."""
 
     tmp: Path
     data: Path

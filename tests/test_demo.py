@@ -56,7 +56,7 @@ def test_prompts_for_different_instruments_sound_different(model):
 
 
 def test_the_report_of_the_shipped_model_is_good():
-    """What demo/README.md states, on music that is not shipped: against a bad rebuild."""
+    """Check what demo/README.md states about music that is not shipped, against a bad rebuild."""
     report = json.loads((DEMO / "build" / "report.json").read_text())
     codec, lm, prompts = report["codec"], report["language model"], report["prompts"]
     assert min(codec["entries used"]) >= 0.5
@@ -161,7 +161,7 @@ class Marks(NamedTuple):
 
     @property
     def trust(self) -> float:
-        """How much the model relies on captions: what a wrong one costs, in nats a token."""
+        """Return the model's reliance on captions: what a wrong one costs, in nats a token."""
         return self.misled - self.after
 
 
@@ -239,7 +239,7 @@ def test_fine_tuning_brings_the_music_itself_closer(taught, model, untaught_musi
 
 @pytest.mark.long
 def test_after_fine_tuning_a_judge_hears_the_instrument(fit, model, untaught_music):
-    """What `make demo` shows, shorter: by spectra, and by a judge of instruments."""
+    """Show what `make demo` shows, shorter: by spectra, and by a judge of instruments."""
     flags = {"duration": 4.0, "batch_size": 5, "lr": 2e-3, "warmup_steps": 4, "use_cfg": True}
     output = fit("demo", STYLE, max_steps=80, **flags)
     load_weights(model.lm, str(output / "lm_final.pt"))

@@ -52,7 +52,7 @@ def fences(page: Path) -> list[str]:
 
 
 def prose(page: Path) -> str:
-    """What is outside of the blocks of code."""
+    """Return what is outside the blocks of code."""
     text = page.read_text(encoding="utf-8")
     return re.sub(r"^ *```\w*\n.*?^ *```$", "", text, flags=re.M | re.S)
 
@@ -111,7 +111,7 @@ class Command(NamedTuple):
 
 
 def commands_in(page: Path) -> list[Command]:
-    """What a reader may type: in blocks of code, and in code within the text."""
+    """List what a reader may type: in blocks of code, and in code within the text."""
     lines = [line for block in fences(page) for line in block.splitlines()] + spans(page)
     starts = r"\s*(\$ )?(python|torchrun|accelerate launch|(run|generate|prepare|export)\.py) "
     found = []
@@ -222,7 +222,7 @@ def test_every_flag_that_a_page_names_exists(page):
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub makes of the headings."""
+    """Return the anchors that GitHub makes of the headings."""
     found: set[str] = set()
     for heading in re.findall(r"^#+ (.+)$", prose(page), re.M):
         text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()

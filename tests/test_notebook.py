@@ -62,7 +62,7 @@ def of_type(outputs: list[NotebookNode], mime: str) -> list[str]:
 
 
 def players(outputs: list[NotebookNode]) -> int:
-    """How many there are that carry their audio with them."""
+    """Count the players that carry their audio with them."""
     return "".join(of_type(outputs, "text/html")).count('<source src="data:audio/')
 
 

@@ -89,7 +89,7 @@ def test_steps_are_audiocrafts_however_they_are_cut(model_folder, make_pairs, fi
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_wrong_step_is_told_from_audiocrafts(fault, mono_folder, make_pairs, fit, monkeypatch):
-    """What test_demo.py hears when it is trained with, shows in the weights of a few steps."""
+    """See in the weights of a few steps what test_demo.py hears after training with it."""
     data = make_pairs(seconds=SECONDS)
     expected = tune_by_audiocraft(mono_folder, data, steps=3, lr=0.2)
     monkeypatch.setattr("training.start.make_optimizer", sgd)

@@ -45,7 +45,8 @@ def _scan(config: Config, folder: str) -> list[Track]:
     tracks = scan.scan(folder, **config.captions)
     if config.no_label or not (config.trigger or config.placeholder):
         return tracks
-    return [replace(t, caption=in_front_of(config)(t.caption)) for t in tracks]
+    words_in_front = in_front_of(config)
+    return [replace(track, caption=words_in_front(track.caption)) for track in tracks]
 
 
 def in_front_of(config: Config) -> Callable[[str], str]:

@@ -61,15 +61,11 @@ def save_resume(session: Session, *, is_finished: bool = False) -> None:
 def load_resume(folder: Path) -> dict[str, Any]:
     """Read a run's resume state. Raises: UserError if there is none or it can't be read."""
     path = folder / RESUME
-    if not path.exists() and any((folder / name).exists() for name in (FINAL, EMBEDDING)):
-        raise UserError(
-            f"--resume=1: there is no {path} to resume from, as the run there has finished; give "
-            "another --output_dir, or --overwrite=1"
-        )
     if not path.exists():
-        raise UserError(
-            f"--resume=1: there is no {path} to resume from; leave out --resume to start a run"
-        )
+        remedy = "; leave out --resume to start a run"
+        if any((folder / name).exists() for name in (FINAL, EMBEDDING)):
+            remedy = ", as the run there has finished; give another --output_dir, or --overwrite=1"
+        raise UserError(f"--resume=1: there is no {path} to resume from{remedy}")
     try:
         if any("torchao" in name for name in get_unsafe_globals_in_checkpoint(path)):
             import torchao.optim  # noqa: F401  (lets torch load its moments)

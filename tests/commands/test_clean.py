@@ -243,7 +243,7 @@ def test_a_killed_run_leaves_no_broken_file_and_is_gone_on_with(run, tmp_path, m
 
 
 def test_a_full_disk_is_an_error(run, tmp_path, monkeypatch):
-    """Of libsndfile's own writing; also where it is full only when the file is closed."""
+    """Let libsndfile's own writing run into a full disk, also when it only closes the file."""
     resource = pytest.importorskip("resource")
     data = write_pairs(tmp_path / "data", seconds=(2.0,))
     assert run(data, out=tmp_path / "whole", split_silences=1).code == 0

@@ -257,7 +257,7 @@ def test_flags_are_frozen(cls, read):
 
 
 def listed(text: str) -> dict[str, list[str]]:
-    """What --help printed -> heading: flags, in its order."""
+    """Read what --help printed: heading -> flags, in its order."""
     groups: dict[str, list[str]] = {}
     heading = ""
     for line in text.splitlines():

@@ -124,7 +124,7 @@ def test_melodies_are_on_the_gpu_in_training_and_generation(fake_mode, melody_fo
 
 
 def batches(*_: object, **__: object) -> Iterator[Batch]:
-    """As from a DataLoader: on the CPU."""
+    """Yield batches as a DataLoader does: on the CPU."""
     while True:
         yield Batch(
             wav=torch.zeros(2, 1, 32_000),

@@ -55,7 +55,7 @@ def hf_home(wide, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cache(hf_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """That cache as this process's own, offline."""
+    """Make that cache this process's own, offline."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hf_home / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return hf_home / "hub"

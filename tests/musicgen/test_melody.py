@@ -193,7 +193,7 @@ def test_a_clip_without_caption_has_no_melody_and_others_by_chance(folder, make_
     melodies = prepared(lm, tracks)
 
     def shares(**drops: float) -> tuple[float, float]:
-        """Of 200 clips: how many have a caption, how many a melody."""
+        """Return the shares of 200 clips that have a caption, and a melody."""
         shape = {"sample_rate": RATE, "channels": 1, "samples": RATE, "seed": 0}
         clips = Clips(tracks, **shape, melodies=melodies, **drops)
         some = [clips[Pick(epoch, index)] for epoch in range(100) for index in (0, 1)]

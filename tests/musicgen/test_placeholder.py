@@ -45,7 +45,7 @@ def with_word(model: Model, vector: torch.Tensor | None = None) -> placeholder.N
 
 
 def tensors(model: Model) -> dict[str, torch.Tensor]:
-    """Of language model and T5 under their names before a word was added, and not the word's."""
+    """Return the tensors of language model and T5, without the new word, under their old names."""
     t5 = text_conditioner(model.lm).t5.state_dict()
     named = {f"t5.{name}".replace(".embedding.", "."): tensor for name, tensor in t5.items()}
     named |= {f"lm.{name}": tensor for name, tensor in model.lm.state_dict().items()}

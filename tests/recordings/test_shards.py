@@ -41,7 +41,7 @@ def _no_hang() -> Iterator[None]:
 
 
 def pack(folder: Path, *tars: Path, form: int = tarfile.PAX_FORMAT) -> None:
-    """What is in a folder, each file beside its caption, dealt out to tars in turn."""
+    """Deal a folder's files, each beside its caption, out to tars in turn."""
     stems = sorted({path.with_suffix("") for path in folder.rglob("*") if path.is_file()})
     for number, tar in enumerate(tars):
         tar.parent.mkdir(parents=True, exist_ok=True)
@@ -476,7 +476,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
 
 
 def kept(tmp_path: Path) -> list[str]:
-    """What is under a final name in the cache folder."""
+    """List what has a final name in the cache folder."""
     return [path.name for path in (tmp_path / "cache").rglob("[!.]*") if path.is_file()]
 
 

@@ -71,7 +71,7 @@ def test_two_processes_train_as_one(
 
 
 def train_and_keep_weights() -> None:
-    """As run.py's main, with its flags as JSON; each process saves the weights it has."""
+    """Run as run.py's main does, with flags as JSON; each process saves the weights it has."""
     begin, runs = train_module.start, []
     train_module.start = lambda config: runs.append(begin(config)) or runs[0]
     config = Config(**json.loads(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""What a run shows: lines on the screen, metrics.jsonl, training.png, samples, wandb."""
+"""A run shows what it does: lines on the screen, metrics.jsonl, training.png, samples, wandb."""
 
 import hashlib
 import json

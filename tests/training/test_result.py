@@ -1,4 +1,4 @@
-"""What a run leaves is the model it should be: it learned, it loads, and only what was asked moved.
+"""A run leaves the model that it should: it learned, it loads, and only what was asked moved.
 
 Letters: K codebooks, T token frames.
 """

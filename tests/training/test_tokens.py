@@ -50,7 +50,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def kept() -> dict[str, tuple[float, np.ndarray]]:
-    """Of every file in the cache: when it was written, and what is in it."""
+    """Return each file in the cache: when it was written, and what is in it."""
     return {
         path.name: (path.stat().st_mtime_ns, np.load(path))
         for path in files.cache_folder("tokens").glob("*.npy")
