@@ -5,7 +5,6 @@ Everything random is a function of (seed, epoch, file), so a run sees the same c
 stopped, resumed or split over processes.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,11 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from errors import UserError
 from recordings import audio
 from recordings.melodies import Melodies
 from recordings.tokens import Tokens
-from recordings.track import Track
+from recordings.track import Track, stable_hash
 from recordings.wording import merged
 
 
@@ -113,7 +111,7 @@ class Clips(Dataset[Clip]):
 
     def __getitem__(self, pick: Pick) -> Clip:
         track = self.tracks[pick.index]
-        rng = np.random.default_rng([self.seed, pick.epoch, _stable_hash(track.key)])
+        rng = np.random.default_rng([self.seed, pick.epoch, stable_hash(track.key)])
         frames = min(track.frames, -(-self.samples * track.sample_rate // self.sample_rate))
         start = int(rng.integers(track.frames - frames + 1))
         unconditional = rng.random() < self.drop_caption  # for classifier-free guidance
@@ -164,11 +162,6 @@ class Clips(Dataset[Clip]):
         return " ".join(word for word, kept in zip(words, keep, strict=True) if kept)
 
 
-def _stable_hash(name: str) -> int:
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
 def collate(clips: list[Clip]) -> Batch:
     """Stack clips into a Batch, which carries the first error, if any."""
     return Batch(
@@ -185,19 +178,3 @@ def collate(clips: list[Clip]) -> Batch:
 def _stack(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
     present = [tensor for tensor in tensors if tensor is not None]
     return torch.stack(present) if len(present) == len(tensors) else None
-
-
-def split(tracks: list[Track], share: float, seed: int) -> tuple[list[Track], list[Track]]:
-    """Return (training, held out) tracks: `share` of them, at least one, is held out by seed."""
-    count = max(1, round(len(tracks) * share))
-    if count >= len(tracks):
-        raise UserError(
-            f"--valid_split={share} of {len(tracks)} files leaves none to train on: "
-            "add files or lower it"
-        )
-    ranked = sorted(tracks, key=lambda track: _stable_hash(f"{seed} {track.key}"))
-    held_out = {track.name for track in ranked[:count]}
-    return (
-        [track for track in tracks if track.name not in held_out],
-        [track for track in tracks if track.name in held_out],
-    )

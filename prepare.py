@@ -3,6 +3,7 @@
 import difflib
 import sys
 
+from commands import encode_files
 from errors import UserError, plain_errors
 from flags.parse import parse
 from flags.prepare import CheckConfig, CleanConfig, EncodeConfig, ShardConfig
@@ -53,9 +54,10 @@ def _clean() -> bool:
 
 def _encode() -> bool:
     config = parse(EncodeConfig)
-    from commands.encode import encode
+    encoded = encode_files.check(config)
+    from commands.encode import encode  # imports torch: only once all of this is good
 
-    return encode(config)
+    return encode(config, encoded)
 
 
 def _shard() -> bool:

@@ -3,6 +3,7 @@
 from errors import plain_errors
 from flags.parse import parse
 from flags.run import Config
+from training.tracks import first_checks
 
 OUT_OF_MEMORY = (
     "Use less, in this order: --grad_checkpointing=1; a smaller --batch_size with a larger "
@@ -15,15 +16,16 @@ OUT_OF_MEMORY = (
 def main() -> None:
     with plain_errors(OUT_OF_MEMORY):
         config = parse(Config)
-        # Torch and audiocraft are imported only once the flags are known to be good.
+        scanned = first_checks(config)
+        # Importing torch and audiocraft takes 10 s: only once all of this is known to be good.
         if config.dry_run:
             from commands.dry_run import dry_run
 
-            print(dry_run(config))
+            print(dry_run(config, scanned[0]))
         else:
             from train import train
 
-            train(config)
+            train(config, scanned)
 
 
 if __name__ == "__main__":

@@ -29,20 +29,22 @@ from training.resume import save_resume
 from training.session import Session
 from training.start import announce, start
 from training.stop import StopSignals, handled_by, say
+from training.tracks import Tracks
 
 
 class NonFinite(UserError):
     """The loss or the gradient is NaN or infinite; the weights have not been changed."""
 
 
-def train(config: Config) -> None:
+def train(config: Config, scanned: Tracks | None = None) -> None:
     """Fine-tune as the flags say; write only below `config.output_dir`.
 
+    `scanned` is what `first_checks` returned, if they were made already.
     Ctrl-C, SIGTERM and any exception leave a resume state of the last whole step; after a
     non-finite loss, an existing one is kept.
     Raises: UserError for what the user can fix.
     """
-    run = start(config)
+    run = start(config, scanned)
     if run.accelerator.is_main_process:
         announce(run)
     first_step, failed = run.step, True

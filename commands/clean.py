@@ -19,7 +19,6 @@ import numpy as np
 import pyloudnorm
 import soundfile as sf
 import soxr
-import torch
 from tqdm import tqdm
 
 import files
@@ -210,6 +209,7 @@ def _without_vocals(demucs: Any, track: Track) -> Iterator[np.ndarray]:  # [fram
     Each block begins with one of demucs' own segments and is separated along with what overlaps
     it, so that the result is that of the whole recording.
     """
+    import torch  # only if needed
     from demucs.apply import apply_model
 
     rate, channels = track.sample_rate, _channels(track)

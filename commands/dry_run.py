@@ -9,18 +9,18 @@ from flags.run import Config
 from musicgen.config import configs
 from musicgen.skeleton import frame_rate
 from musicgen.weights import DTYPES
-from training.data import check_melody, crop_frames, scan_dataset
+from recordings.track import Track
+from training.data import check_melody, crop_frames
 from training.memory import estimate
 from training.plan import make_plan
 
 
-def dry_run(config: Config) -> str:
+def dry_run(config: Config, tracks: list[Track]) -> str:
     """Return the output of --dry_run=1: model, steps, memory by part, and what would lower it.
 
     Raises: UserError, as a real run does.
     """
     model = configs(config.model_id)
-    tracks, _ = scan_dataset(config)
     check_melody(config, "self_wav" in model[0].conditioners, tracks)
     encodes = not tracks[0].codec
     plan = make_plan(config, len(tracks), processes=int(os.environ.get("WORLD_SIZE", 1)))

@@ -1,5 +1,6 @@
 """A recording: where it is, how long it is, and its caption."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,12 @@ class Track:
         status = self.path.stat()
         stamp: list[str | int] = [status.st_size, status.st_mtime_ns]
         return [*stamp, self.member.name, self.member.offset] if self.member else stamp
+
+
+def stable_hash(name: str) -> int:
+    """Return the same number for a name in every process, to seed with."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def as_wav(name: str) -> str:

@@ -27,7 +27,8 @@ ONLY_FROM = {  # may be imported by FREE and by these only
     "audiocraft": ["musicgen"],
     "flags": ["run", "generate", "prepare", "export", "train", "commands", "training", "dataset"],
 }
-LIGHT = ["flags", "recordings.scan", "pages"]  # must not reach HEAVY, not even through other files
+LIGHT = ["flags", "recordings.scan", "training.tracks", "pages"]  # must not reach HEAVY,
+LIGHT += ["commands.encode_files", "commands.pieces", "commands.shard"]  # not even through others
 HEAVY = ["torch", "audiocraft"]
 HEAVY += ["accelerate", "bitsandbytes", "demucs", "peft", "safetensors.torch", "torchao"]
 HEAVY += ["torchaudio", "transformers"]  # these import torch

@@ -319,7 +319,58 @@ def test_training_is_refused_with_a_reason_and_a_remedy(name, world, cli):
 def test_a_program_error_is_not_passed_off_as_the_users(world, cli):
     world.patch.setattr("train.train", raises(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
-        cli(run, dataset_path=world.data)
+        cli(run, dataset_path=world.data, output_dir=world.output)
+
+
+def no_caption(world: World) -> list[object]:
+    (world.data / "clip1.txt").unlink()
+    return [f"--dataset_path={world.data}"]
+
+
+def no_caption_held_out(world: World) -> list[object]:
+    held_out = write_pairs(world.tmp / "held_out", seconds=(1.0,))
+    (held_out / "clip0.txt").unlink()
+    return [f"--dataset_path={world.data}", f"--valid_path={held_out}"]
+
+
+def an_earlier_run_is_there(world: World) -> list[object]:
+    (world.output / "lm_final.pt").touch()
+    return [f"--dataset_path={world.data}", f"--output_dir={world.output}"]
+
+
+def nothing_to_resume(world: World) -> list[object]:
+    return [f"--dataset_path={world.data}", f"--output_dir={world.output}", "--resume=1"]
+
+
+def to_encode(world: World) -> list[object]:
+    (world.data / "clip1.txt").unlink()
+    return [world.data, world.tmp / "tokens"]
+
+
+AT_ONCE = {
+    "a dataset": ("run.py", [], no_caption, "clip1.wav: no caption"),
+    "a dry run's": ("run.py", ["--dry_run=1"], no_caption, "clip1.wav: no caption"),
+    "held out": ("run.py", [], no_caption_held_out, "clip0.wav: no caption"),
+    "an earlier run": ("run.py", [], an_earlier_run_is_there, "holds an earlier run"),
+    "nothing to resume": ("run.py", [], nothing_to_resume, "to resume from"),
+    "to encode": ("prepare.py", ["encode"], to_encode, "clip1.wav: no caption"),
+    "to shard": ("prepare.py", ["shard"], to_encode, "clip1.wav: no caption"),
+}
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_what_is_wrong_is_told_before_torch_is_imported(name, world):
+    """Importing torch and audiocraft takes 10 s."""
+    script, words, spoil, says = AT_ONCE[name]
+    command = [sys.executable, "-X", "importtime", ROOT / script, *words, *spoil(world)]
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 1
+    assert says in done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "recordings.scan" in imported, "importtime is not read right"
+    assert not imported & {"torch", "audiocraft", "transformers", "accelerate"}
 
 
 def test_of_many_bad_files_twenty_are_named_and_all_counted(world, cli):

@@ -1,57 +1,24 @@
-"""A run's dataset: tracks, clips, tokens, melodies.
+"""A run's clips, tokens and melodies.
 
 Letters: T token frames.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 from accelerate import Accelerator
 
-import dataset
 from dataset import Clips
 from errors import UserError
 from flags.run import Config
 from musicgen import codec, melody
 from musicgen.load import Model
 from musicgen.melody import melodies_of, melody_conditioner
-from recordings import scan
 from recordings.melodies import Melodies
 from recordings.tokens import Tokens
 from recordings.track import Track
-from recordings.wording import in_front
-
-
-def scan_dataset(config: Config) -> tuple[list[Track], list[Track]]:
-    """Return the training and held-out tracks. Raises: UserError naming unusable files."""
-    tracks = _scan(config, config.dataset_path)
-    held_out: list[Track] = []
-    if config.valid_path:
-        held_out = _scan(config, config.valid_path)
-    elif config.valid_split:
-        tracks, held_out = dataset.split(tracks, config.valid_split, config.seed)
-    kinds = {bool(track.codec): track for track in tracks + held_out}
-    if len(kinds) > 1:
-        raise UserError(
-            f"{kinds[True].place} is a file of tokens, {kinds[False].place} is audio: give one "
-            "kind only, also for held-out recordings; prepare.py encode turns audio into tokens"
-        )
-    return tracks, held_out
-
-
-def _scan(config: Config, folder: str) -> list[Track]:
-    tracks = scan.scan(folder, **config.captions)
-    if config.no_label or not (config.trigger or config.placeholder):
-        return tracks
-    words_in_front = in_front_of(config)
-    return [replace(track, caption=words_in_front(track.caption)) for track in tracks]
-
-
-def in_front_of(config: Config) -> Callable[[str], str]:
-    """Return a function that puts --trigger and --placeholder in front of a caption."""
-    return partial(in_front, config.trigger, config.placeholder)
+from training.tracks import in_front_of
 
 
 def crop_frames(config: Config, window_sec: float, frame_rate: float, tracks: list[Track]) -> int:

@@ -42,7 +42,10 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise UserError if an earlier run's weights are in the way. Removes nothing."""
+    """Raise UserError if an earlier run's weights are in the way, or none are there to resume.
+
+    Removes nothing.
+    """
     files.check_writable(folder, "--output_dir")
     if (folder / LORA).is_file():
         raise UserError(
@@ -56,6 +59,11 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
             f"--output_dir={folder} holds an earlier run ({names}): give another --output_dir"
             f"{go_on}, or --overwrite=1 to replace it"
         )
+    if resume and not (folder / RESUME).exists():
+        remedy = "; leave out --resume to start a run"
+        if any((folder / name).exists() for name in (FINAL, EMBEDDING)):
+            remedy = ", as the run there has finished; give another --output_dir, or --overwrite=1"
+        raise UserError(f"--resume=1: there is no {folder / RESUME} to resume from{remedy}")
 
 
 def weights(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from musicgen.weights import save_tensors
 from recordings.track import Track
 from recordings.wording import DROP_P
 from training.optimizer import warmup_steps
-from training.output import EMBEDDING, FINAL, RESUME
+from training.output import RESUME
 from training.session import Session
 
 # Flags that may differ when a run is resumed (batch_size and grad_acc with the same product);
@@ -59,13 +59,8 @@ def save_resume(session: Session, *, is_finished: bool = False) -> None:
 
 
 def load_resume(folder: Path) -> dict[str, Any]:
-    """Read a run's resume state. Raises: UserError if there is none or it can't be read."""
+    """Read a run's resume state. Raises: UserError if it can't be read."""
     path = folder / RESUME
-    if not path.exists():
-        remedy = "; leave out --resume to start a run"
-        if any((folder / name).exists() for name in (FINAL, EMBEDDING)):
-            remedy = ", as the run there has finished; give another --output_dir, or --overwrite=1"
-        raise UserError(f"--resume=1: there is no {path} to resume from{remedy}")
     try:
         if any("torchao" in name for name in get_unsafe_globals_in_checkpoint(path)):
             import torchao.optim  # noqa: F401  (lets torch load its moments)

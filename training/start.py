@@ -14,7 +14,7 @@ from musicgen.text import TextEncoder
 from musicgen.weights import DTYPES
 from training import output
 from training.accelerator import start_accelerator
-from training.data import crop_frames, find_melodies, find_tokens, make_clips, scan_dataset
+from training.data import crop_frames, find_melodies, find_tokens, make_clips
 from training.ema import EMA
 from training.facts import facts_of
 from training.optimizer import make_optimizer, moments_bytes, warmup_steps
@@ -22,18 +22,19 @@ from training.plan import make_plan
 from training.report import Report, start_wandb
 from training.resume import load_resume, restore
 from training.session import Session
+from training.tracks import Tracks, first_checks
 from training.tuning import tuning_of
 
 
-def start(config: Config) -> Session:
+def start(config: Config, scanned: Tracks | None = None) -> Session:
     """Load and check everything that a run needs, quick checks first.
 
+    `scanned` is what `first_checks` returned; without it they are made here.
     Deletes nothing, and prints nothing but the progress of encoding.
     Raises: UserError for what the user can fix.
     """
     folder = Path(config.output_dir)
-    tracks, held_out = scan_dataset(config)
-    output.check_output(folder, resume=config.resume, overwrite=config.overwrite)
+    tracks, held_out = scanned or first_checks(config)
     state = load_resume(folder) if config.resume else None
 
     tuning = tuning_of(config)

@@ -23,7 +23,7 @@ from demo.tiny import build_musicgen
 from errors import UserError
 from musicgen import codec, load
 from recordings import cache, scan, token_file
-from training.data import scan_dataset
+from training.tracks import scan_dataset
 
 LENGTHS = (3.0, 1.5, 0.73)
 

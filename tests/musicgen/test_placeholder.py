@@ -25,8 +25,8 @@ from musicgen.text import TextEncoder, text_conditioner
 from musicgen.weights import read_lm_state
 from recordings import wording
 from train import train
-from training.data import scan_dataset as scan
 from training.output import EMBEDDING
+from training.tracks import scan_dataset as scan
 
 CPU = torch.device("cpu")
 WORD = "<my-style>"

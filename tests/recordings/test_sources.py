@@ -15,7 +15,6 @@ import soundfile as sf
 from conftest import metrics, tiny_config, tone, weights
 from samples import FORMATS, RATE, clips, write
 
-import dataset
 from dataset import Pick
 from errors import UserError
 from flags.parse import build
@@ -26,9 +25,9 @@ from recordings.captions import Caption
 from recordings.scan import _refuse, scan
 from recordings.wording import in_front, merged
 from training import facts
-from training.data import scan_dataset
 from training.resume import fingerprint
 from training.start import start
+from training.tracks import scan_dataset, split
 
 LOSSLESS = {"wav", "flac", "aiff", "aif"}
 
@@ -126,8 +125,7 @@ def test_a_twin_has_the_same_crops_and_is_held_out_alike(tmp_path):
         a, b = (made[Pick(3, index)] for made in (wav, flac))
         assert np.array_equal(a.wav, b.wav), a.name
     held = [
-        [Path(track.name).stem for track in dataset.split(made.tracks, 0.3, 5)[1]]
-        for made in (wav, flac)
+        [Path(track.name).stem for track in split(made.tracks, 0.3, 5)[1]] for made in (wav, flac)
     ]
     assert held[0] == held[1]
 

@@ -73,7 +73,7 @@ def test_two_processes_train_as_one(
 def train_and_keep_weights() -> None:
     """Run as run.py's main does, with flags as JSON; each process saves the weights it has."""
     begin, runs = train_module.start, []
-    train_module.start = lambda config: runs.append(begin(config)) or runs[0]
+    train_module.start = lambda *given: runs.append(begin(*given)) or runs[0]
     config = Config(**json.loads(sys.argv[1]))
     train(config)
     torch.save(runs[0].trained, f"{config.output_dir}/{runs[0].accelerator.process_index}.pt")
