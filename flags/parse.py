@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import inspect
+import shlex
 import shutil
 import sys
 import textwrap
@@ -100,12 +101,18 @@ class Flags(BaseModel):
 def build(cls: type[FlagsT], values: dict[str, Any], words: tuple[str, ...] = ()) -> FlagsT:
     """Return `cls(**values)`. Raises: UserError with a line for each mistake."""
     problems = [f"{word}: not a flag; write --flag=value" for word in words]
+    needed = [name for name, field in cls.model_fields.items() if field.is_required()]
+    is_meant = len(words) == len(needed) == 1 and needed[0] not in values
+    if is_meant:
+        values = {**values, needed[0]: words[0]}
+        problems = [f"{words[0]}: write it as --{needed[0]}={shlex.quote(words[0])}"]
     try:
         flags = cls(**values)
     except ValidationError as error:
         problems += [_describe(cls, item) for item in error.errors()]
     if problems:
-        raise UserError("\n".join([*problems, "See --help for every flag."]))
+        help_line = [] if is_meant and len(problems) == 1 else ["See --help for every flag."]
+        raise UserError("\n".join(problems + help_line))
     return flags
 
 
@@ -188,6 +195,8 @@ def _describe(cls: type[Flags], problem: Any) -> str:
     what = str(problem["msg"]).removeprefix("Value error, ")
     for subject in ("Input ", "String ", "List ", "Value "):
         what = what.removeprefix(subject)
+    if problem["type"] == "value_error" and what != "needs a value":  # ours, which say it all
+        return f"--{name}={problem['input']}: {what}"
     value = "" if what == "needs a value" else f"={problem['input']}"
     default = "" if field.is_required() else f" (default {cls.default_text(name)})"
     return f"--{name}{value}: {what}. --{name}: {field.description}{default}"

@@ -91,10 +91,8 @@ class Config(CaptionFlags):
     }
 
     dataset_path: Dataset = Field(
-        description="folder of recordings (wav, flac, mp3, ogg, opus, aiff, m4a) and captions "
-        "(NAME.txt, NAME.json, metadata.csv or metadata.jsonl); or of their tokens, from "
-        "prepare.py encode; or WebDataset shards of either: a folder of them, "
-        "shards/train-{000..099}.tar, or such a URL"
+        description="folder of recordings and captions, or of their tokens; or shards: see "
+        "docs/data.md"
     )
     model_id: str = Field(
         "small",

@@ -148,9 +148,8 @@ MISTAKES = [  # the command line, and what its message must hold
     ([DATA, "--epoch=3"], ["--epoch: no such flag", "did you mean --epochs?"]),
     ([DATA, "--words=3"], ["--words: no such flag"]),
     ([DATA, "-b", "2"], ["--b: no such flag"]),
-    (["music"], ["music: not a flag", "--flag=value"]),
     ([DATA, "lr", "0.1"], ["lr: not a flag", "0.1: not a flag"]),
-    (["--lr=abc", "--epoch=3", "stray"], ["--lr=abc", "--epochs?", "stray", "--dataset_path is"]),
+    (["--lr=abc", "--epoch=3", "stray"], ["--lr=abc", "--epochs?", "stray: write it as --data"]),
     ([DATA, "--resume", "--overwrite"], ["--resume and --overwrite", "one of them"]),
     ([DATA, "--valid_path=other", "--valid_split=0.1"], ["--valid_path and --valid_split"]),
     ([DATA, "--tune_text", "--no_label"], ["--tune_text", "--no_label", "nothing to train"]),
@@ -169,6 +168,36 @@ def test_mistake_is_told_with_flag_value_and_remedy(words, says, read):
     assert "See --help" in str(error.value)
     for jargon in ("pydantic", "type=", "Input ", "String should", "Value should", "validation,"):
         assert jargon not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "cls", "flag"),
+    [
+        ("music", Config, "--dataset_path=music"),
+        ("./my music", Config, "--dataset_path='./my music'"),
+        ("slow piano", GenerateConfig, "--prompt='slow piano'"),
+        ("music", ExportConfig, "--lora=music"),
+    ],
+)
+def test_a_word_is_told_the_flag_that_it_is_meant_for_in_one_line(word, cls, flag, read, tmp_path):
+    (tmp_path / "my music").mkdir()
+    with pytest.raises(UserError) as error:
+        read(word, cls=cls)
+    assert str(error.value) == f"{word}: write it as {flag}"
+
+
+def test_a_missing_path_is_told_without_the_flags_help(read):
+    with pytest.raises(UserError) as error:
+        read("--dataset_path=nowhere", "--valid_path=song.wav")
+    assert str(error.value).splitlines() == [
+        "--dataset_path=nowhere: no such folder",
+        "--valid_path=song.wav: is a file, not a folder",
+        "See --help for every flag.",
+    ]
+
+
+def test_the_help_of_the_dataset_is_one_line():
+    assert len(Config.model_fields["dataset_path"].description) <= 94
 
 
 # An alias, other flags that its command needs, and what the flag's own name then holds.
