@@ -48,7 +48,7 @@ def configs(model_id: str) -> tuple[DictConfig, DictConfig, T5Config]:
 
 def check_supported(cfg: DictConfig, model_id: str) -> None:
     """Raise UserError if a model can't be trained here."""
-    conditioners = {k: v.model for k, v in cfg.conditioners.items() if k != "args"}
+    conditioners = {name: of.model for name, of in conditioner_configs(cfg).items()}
     name = text_name(cfg)
     families = ({name: "t5"}, {"self_wav": "chroma_stem", name: "t5"})
     if cfg.lm_model != "transformer_lm" or conditioners not in families:
@@ -58,18 +58,19 @@ def check_supported(cfg: DictConfig, model_id: str) -> None:
             f"on text and melody, can be trained: {', '.join(SHORT_NAMES)}"
         )
     transformer, has_melody = cfg.transformer_lm, len(conditioners) == 2
-    fused = {"prepend": ["self_wav", name] if has_melody else [], "cross": [name]}
-    if has_melody:
-        fused["cross"] = []
+    # As sets: audiocraft puts the text before the sequence, then the melody, in whatever order.
+    fused = {"prepend": {"self_wav", name}} if has_melody else {"cross": {name}}
     unsupported = {
         "its conditions are not fused as the published models' are": any(
-            list(cfg.fuser[way]) != fused.get(way, [])
+            set(cfg.fuser[way]) != fused.get(way, set())
             for way in ("prepend", "cross", "sum", "input_interpolate")
         ),
         "T5 was fine-tuned": cfg.conditioners[name].t5.finetune,
-        "it uses torch's own attention": not (transformer.memory_efficient or transformer.custom),
-        "it has attention_as_float32": transformer.attention_as_float32,
-        "it has qk_layer_norm_cross": transformer.get("qk_layer_norm_cross", False),
+        "it uses torch's own attention": not (
+            transformer.get("memory_efficient") or transformer.get("custom")
+        ),
+        "it has attention_as_float32": transformer.get("attention_as_float32"),
+        "it has qk_layer_norm_cross": transformer.get("qk_layer_norm_cross"),
     }
     for what, is_so in unsupported.items():
         if is_so:
@@ -78,5 +79,13 @@ def check_supported(cfg: DictConfig, model_id: str) -> None:
 
 def text_name(cfg: DictConfig) -> str | None:
     """Return the name of a config's text condition."""
-    conditioners = ((name, c.get("model")) for name, c in cfg.conditioners.items())
-    return next((name for name, model in conditioners if model == "t5"), None)
+    conditioners = conditioner_configs(cfg).items()
+    return next((name for name, conditioner in conditioners if conditioner.model == "t5"), None)
+
+
+def conditioner_configs(cfg: DictConfig) -> dict[str, DictConfig]:
+    """Return the configs of a config's conditioners by name.
+
+    `args` beside them holds options of audiocraft's own training, or nothing.
+    """
+    return {name: of for name, of in (cfg.conditioners or {}).items() if name != "args"}

@@ -3,14 +3,21 @@
 import contextlib
 import functools
 import os
+import re
+import zipfile
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.nodes import AnyNode
 from safetensors import SafetensorError
+from torch.torch_version import TorchVersion
 
 from errors import UserError, is_out_of_memory
 from musicgen import published
@@ -21,8 +28,16 @@ WEIGHTS = ["state_dict.bin", "compression_state_dict.bin"]
 HF_FILES = ["*.json", "*.model", "model.safetensors"]
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 T5_NEEDS = [("config.json",), HF_WEIGHTS, ("tokenizer.json", "spiece.model")]
-DAMAGES = (OmegaConfBaseException, SafetensorError)
+DAMAGES = (
+    *(OmegaConfBaseException, SafetensorError, RuntimeError, OSError, ValueError),
+    *(KeyError, AttributeError, TypeError, AssertionError),  # of a config with other keys or values
+)
 CODEC_NEEDS = [("config.json",), HF_WEIGHTS]
+# All that a config saved as an object consists of, and torch's version beside it. They run no code.
+CONFIG_CLASSES: list[Any] = [
+    *(DictConfig, ListConfig, AnyNode, ContainerMetadata, Metadata, TorchVersion),
+    *(defaultdict, dict, list, int, (Any, "typing.Any")),  # in Python 3.10 Any is no class
+]
 
 
 def find_model(model_id: str) -> Path:
@@ -91,10 +106,20 @@ def lacking(folder: Path, needs: Sequence[tuple[str, ...]]) -> str:
 
 
 def read_package(path: Path, model_id: str) -> dict[str, Any]:
-    """Read a file in audiocraft's exported format. Raises: UserError if it is not one."""
+    """Read a file in audiocraft's exported format; "xp.cfg" is YAML text, however it was saved.
+
+    Raises: UserError if it is not such a file.
+    """
+    mmap = zipfile.is_zipfile(path)  # files of torch before 1.6 are no zip files
     try:
-        package = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(CONFIG_CLASSES):
+            package = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch.load has no class for "this is not my file"
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UserError(
+                f"--model_id={model_id}: {path.name} holds {found[1]}, which is refused because "
+                "loading it could run code: export it again as tensors and a config"
+            ) from None
         raise UserError(
             f"--model_id={model_id}: {path.name} can't be read ({type(error).__name__}); "
             "it is damaged or not a torch file: download or export it again"
@@ -105,6 +130,9 @@ def read_package(path: Path, model_id: str) -> dict[str, Any]:
         raise UserError(
             f"--model_id={model_id}: {path.name} is not in audiocraft's exported format"
         )
+    if exported and not isinstance(package["xp.cfg"], str):
+        with damage_as_user_error(model_id):
+            package["xp.cfg"] = OmegaConf.to_yaml(OmegaConf.create(package["xp.cfg"]))
     return package
 
 
@@ -113,7 +141,7 @@ def damage_as_user_error(model_id: str) -> Iterator[None]:
     """Turn any failure with a model's files inside the block into a UserError."""
     try:
         yield
-    except (*DAMAGES, KeyError, RuntimeError, OSError, ValueError) as error:
+    except DAMAGES as error:
         if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:300]

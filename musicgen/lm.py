@@ -21,6 +21,7 @@ def build_lm(cfg: DictConfig, t5: Path) -> LMModel:
     # autocast_dtype: audiocraft's autocast takes no device like cuda:0.
     here = {"t5": {"name": str(t5), "autocast_dtype": None}}
     merged: Any = OmegaConf.merge(cfg, {"conditioners": {text_name(cfg): here}})
+    merged.conditioners.pop("args", None)  # of audiocraft's own training; its builder fails on null
     with _builders_accepting(t5):
         lm = builders.get_lm_model(merged)
     attention.put_into(lm)

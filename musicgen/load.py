@@ -58,8 +58,7 @@ def load_model(
     with warnings.catch_warnings(), _quiet_transformers(), damage_as_user_error(model_id):
         warnings.simplefilter("ignore")
         lm = _load_lm(folder, model_id, device, dtype, layers_dtype or dtype)
-        codec = _load_codec(folder, model_id, device)
-    return Model(model_id, codec, lm.eval())
+        return Model(model_id, _load_codec(folder, model_id, device), lm.eval())
 
 
 def load_codec(model_id: str, device: torch.device) -> Model:
@@ -99,6 +98,7 @@ def _load_lm(
     off = torch.autocast(device.type, enabled=False)
     conditioner.autocast = off  # type: ignore[assignment]
     conditioner.word_dropout = 0.0  # on in the published configs, but the dataset does it here
+    conditioner.t5.float()  # in half precision, as some are stored, T5 can give NaN
     if layers_dtype != dtype:
         all_but_matrices_to(lm, dtype)
     lm.load_state_dict(package["best_state"])
@@ -119,7 +119,7 @@ def _load_codec(folder: Path, model_id: str, device: torch.device) -> Compressio
         local = folder / "encodec"
         if not local.is_dir():
             local = hub_folder(package["pretrained"], HF_FILES, CODEC_NEEDS)
-        bare: Any = HFEncodecModel.from_pretrained(local)
+        bare: Any = HFEncodecModel.from_pretrained(local).float()  # some are stored in float16
         bare.cfg_text = (local / "config.json").read_text()
         codec: CompressionModel = HFEncodecCompressionModel(bare).to(device)
     else:

@@ -91,6 +91,7 @@ def generate(
                 top_k=min(options.top_k, model.lm.card),
                 top_p=options.top_p,
                 cfg_coef=options.cfg_coef,
+                two_step_cfg=False,  # a config may have it on, and then cfg_coef does nothing
                 callback=None if on_frame is None else lambda *_: on_frame(),
             )
         codes = torch.cat([codes, made[..., kept:]], dim=-1)

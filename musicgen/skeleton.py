@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from musicgen import attention
+from musicgen.config import conditioner_configs
 from musicgen.load import all_but_matrices_to
 from musicgen.melody import MelodyConditioner
 
@@ -44,8 +45,7 @@ def build_skeleton(cfg: Any, t5_cfg: Any, layers: int, layers_dtype: torch.dtype
             name: _Text(t5_cfg.d_model, sizes["dim"])
             if conditioner.model == "t5"
             else _Melody(conditioner.chroma_stem, window_sec, sizes["dim"])
-            for name, conditioner in cfg.conditioners.items()
-            if name != "args"
+            for name, conditioner in conditioner_configs(cfg).items()
         }
         lm = LMModel(
             builders.get_codebooks_pattern_provider(sizes["n_q"], cfg.codebooks_pattern),
