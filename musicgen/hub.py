@@ -1,6 +1,7 @@
 """Find a model's files: in a folder, or in the local cache of the Hugging Face hub."""
 
 import contextlib
+import difflib
 import functools
 import os
 import re
@@ -24,6 +25,7 @@ from musicgen import published
 from musicgen.published import SHORT_NAMES
 
 FOLDERS = {"demo": Path(__file__).parent.parent / "demo" / "model"}
+NAMES = [*FOLDERS, *SHORT_NAMES]
 WEIGHTS = ["state_dict.bin", "compression_state_dict.bin"]
 HF_FILES = ["*.json", "*.model", "model.safetensors"]
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -49,9 +51,18 @@ def find_model(model_id: str) -> Path:
         for word, reason in published.REFUSED.items():
             if word in f"musicgen-{model_id}".lower():
                 raise UserError(f"--model_id={model_id} can't be trained: {reason}")
-        repo = SHORT_NAMES.get(model_id, model_id)
+        repo, meant = SHORT_NAMES.get(model_id, model_id), _meant(model_id)
+        if "/" not in repo:
+            advice = f"did you mean {meant}?" if meant else f"known names are {', '.join(NAMES)}"
+            raise UserError(f"--model_id={model_id}: no such model or folder; {advice}")
         needs = [(name,) for name in WEIGHTS]
-        path = hub_folder(repo, WEIGHTS, needs, os.environ.get("AUDIOCRAFT_CACHE_DIR"))
+        try:
+            path = hub_folder(repo, WEIGHTS, needs, os.environ.get("AUDIOCRAFT_CACHE_DIR"))
+        except UserError as error:
+            if not meant:
+                raise
+            what = str(error).splitlines()[0].rstrip(".")
+            raise UserError(f"--model_id={model_id}: {what}; did you mean {meant}?") from None
     missing = [name for name in WEIGHTS if not (path / name).is_file()]
     if missing:
         raise UserError(
@@ -61,11 +72,21 @@ def find_model(model_id: str) -> Path:
     return path
 
 
+def _meant(model_id: str) -> str | None:
+    """Return the known name or id that a mistyped one is close to."""
+    ids = {repo: repo for repo in (*SHORT_NAMES.values(), "facebook/audiogen-medium")}
+    names = {name: name for name in NAMES} | {f"musicgen-{name}": name for name in SHORT_NAMES}
+    known, cutoff = (ids, 0.9) if "/" in model_id else (names, 0.75)  # others have ids alike
+    if known.get(model_id) == model_id:
+        return None
+    close = difflib.get_close_matches(model_id.lower(), known, n=1, cutoff=cutoff)
+    return known[close[0]] if close else None
+
+
 def portable_id(model_id: str) -> str:
     """Return a name, id or full path that means this model from any working folder."""
     folder = Path(model_id).expanduser()
-    is_name = model_id in SHORT_NAMES or model_id in FOLDERS
-    return model_id if is_name or not folder.is_dir() else str(folder.resolve())
+    return model_id if model_id in NAMES or not folder.is_dir() else str(folder.resolve())
 
 
 def hub_folder(
@@ -94,7 +115,7 @@ def hub_folder(
             f"{repo} is not in the Hugging Face cache and could not be downloaded ({reason}).\n"
             "Connect to the network once, or give --model_id a folder with "
             f"{' and '.join(WEIGHTS)} and its text encoder in t5/, or one of "
-            f"{', '.join([*FOLDERS, *SHORT_NAMES])}."
+            f"{', '.join(NAMES)}."
         )
     return path
 

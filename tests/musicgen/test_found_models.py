@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import use_hub
 from omegaconf import OmegaConf
 from transformers import EncodecConfig, EncodecModel, T5EncoderModel
 
@@ -57,6 +58,45 @@ def assert_same(left: load.Model, right: load.Model) -> None:
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert codec.codec_hash(left) == codec.codec_hash(right)
+
+
+# Its name
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("smal", "small"),
+        ("Medium", "medium"),
+        ("musicgen-small", "small"),
+        ("MusicGen-Stereo-Melody", "stereo-melody"),
+        ("stereo_large", "stereo-large"),
+        ("facebook/musicgen-smal", "facebook/musicgen-small"),
+        ("Facebook/MusicGen-Melody", "facebook/musicgen-melody"),
+        ("facebook/audiogen-meduim", "facebook/audiogen-medium"),
+    ],
+)
+def test_a_mistyped_name_is_told_with_the_right_one(name, meant, tmp_path, monkeypatch):
+    use_hub(tmp_path, tmp_path, monkeypatch)
+    with pytest.raises(UserError) as error:
+        load.load_model(name, CPU)
+    told = str(error.value)
+    assert told.startswith(f"--model_id={name}: ")
+    assert told.endswith(f"did you mean {meant}?")
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize("name", ["small", "facebook/musicgen-small", "someone/musicgen-small"])
+def test_a_name_that_may_be_right_is_not_corrected(name, tmp_path, monkeypatch):
+    use_hub(tmp_path, tmp_path, monkeypatch)
+    with pytest.raises(UserError, match="Connect to the network once") as error:
+        load.load_model(name, CPU)
+    assert "did you mean" not in str(error.value)
+
+
+def test_an_unlike_name_is_told_with_all_names():
+    with pytest.raises(UserError, match="--model_id=waltz: no such model or folder; known names"):
+        load.load_model("waltz", CPU)
 
 
 # How it was saved
