@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from musicgen.device import codec_device, without_tf32
 from musicgen.load import Model
 from recordings import audio
 from recordings.cache import Cache
@@ -20,19 +21,25 @@ from recordings.track import Track
 
 @torch.no_grad()
 def encode_audio(model: Model, wav: torch.Tensor) -> torch.Tensor:
-    """Encode wav `[B, C, samples]` at the model's rate to codes `[B, K, T]`, in float32.
+    """Encode wav `[B, C, samples]` at the model's rate to codes `[B, K, T]` on the wav's device.
 
     A GPU takes the whole batch. The CPU takes one clip at a time, which is as fast: a batch rounds
     differently there, and where two codes are nearly tied it may pick the other one.
     """
-    parts = wav.split(1) if wav.device.type == "cpu" else [wav]
-    encoded = [model.compression_model.encode(part) for part in parts]
+    on_codec = wav.to(codec_device(wav.device))
+    parts = on_codec.split(1) if on_codec.device.type == "cpu" else [on_codec]
+    with without_tf32():
+        encoded = [model.compression_model.encode(part) for part in parts]
     assert all(scale is None for _, scale in encoded), "MusicGen's codecs don't renormalize"
-    return torch.cat([codes for codes, _ in encoded])
+    return torch.cat([codes for codes, _ in encoded]).to(wav.device)
 
 
 def move(model: Model, half: str, device: torch.device | str) -> None:
-    """Move EnCodec's "encoder", unused with cached tokens, or its "decoder", used for samples."""
+    """Move EnCodec's "encoder", unused with cached tokens, or its "decoder", used for samples.
+
+    `device` is the model's; see `codec_device`.
+    """
+    device = codec_device(device)
     for module in getattr(_codec(model), half).to(device).modules():
         weight = module.__dict__.get("weight")  # where weight_norm keeps its last result
         if isinstance(weight, torch.Tensor):

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from errors import UserError
 from musicgen.config import check_supported, text_name
+from musicgen.device import codec_device
 from musicgen.hub import (
     CODEC_NEEDS,
     HF_FILES,
@@ -115,6 +116,7 @@ def all_but_matrices_to(lm: LMModel, dtype: torch.dtype) -> None:
 
 def _load_codec(folder: Path, model_id: str, device: torch.device) -> CompressionModel:
     package = read_package(folder / WEIGHTS[1], model_id)
+    device = codec_device(device)
     if "pretrained" in package:  # a name instead of weights, as for the stereo models
         local = folder / "encodec"
         if not local.is_dir():

@@ -20,6 +20,7 @@ from audiocraft.modules.conditioners import (
 )
 
 from errors import UserError, is_out_of_memory
+from musicgen.device import codec_device, without_tf32
 from recordings import audio
 from recordings.cache import Cache
 from recordings.melodies import Melodies
@@ -77,11 +78,14 @@ class MelodyConditioner(ChromaStemConditioner):
         from demucs.audio import convert_audio
 
         leading = [demucs.sources.index(name) for name in ("vocals", "other")]
-        with self.autocast:
+        with self.autocast, without_tf32():
+            device = codec_device(self.device)
+            wav = wav.to(device)
             wav = convert_audio(wav, sample_rate, demucs.samplerate, demucs.audio_channels)
-            stems = apply_model(demucs, wav, shifts=0, device=self.device)  # [B, stems, C, samples]
+            stems = apply_model(demucs, wav, shifts=0, device=device)  # [B, stems, C, samples]
             mix = stems[:, leading].sum(1)
-            return convert_audio(mix, demucs.samplerate, self.sample_rate, 1)[places]
+            mix = convert_audio(mix, demucs.samplerate, self.sample_rate, 1)
+            return mix.to(self.device)[places]
 
     @torch.no_grad()
     def none(self) -> torch.Tensor:
@@ -118,7 +122,7 @@ def load_demucs(device: torch.device | str, without: str) -> Any:
             f"not be downloaded ({type(error).__name__}: {lines[0]}): connect to the network "
             f"once, or {without}"
         ) from None
-    return demucs.to(device).eval()
+    return demucs.to(codec_device(device)).eval()
 
 
 def melodies_of(conditioner: MelodyConditioner) -> Melodies:

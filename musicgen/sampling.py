@@ -12,6 +12,7 @@ import torch
 from audiocraft.modules.conditioners import ConditioningAttributes, WavCondition
 
 import files
+from musicgen.device import codec_device
 from musicgen.load import Model
 
 DECODE_SEC = 30.0  # decoded at a time, so that memory doesn't grow with the length
@@ -134,6 +135,7 @@ def _conditions(
 def decode(model: Model, codes: torch.Tensor) -> torch.Tensor:
     """Decode codes `[B, K, T]` to wav `[B, C, samples]` on the CPU, piece by piece."""
     hop = round(model.sample_rate / model.frame_rate)  # samples in a frame
+    codes = codes.to(codec_device(codes.device))
     step, margin = to_frames(model, DECODE_SEC), to_frames(model, DECODE_MARGIN_SEC)
     pieces = []
     for start in range(0, codes.shape[-1], step):

@@ -167,6 +167,27 @@ def build_demucs(hub: Path) -> None:
     save_file(state, repo / "snapshots" / "1" / "tiny.safetensors", how)
 
 
+def build_hf_codec(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A random EnCodec in Hugging Face's format: 32 kHz, 50 frames a second, 4 codebooks of 64."""
+    from transformers import EncodecConfig, EncodecModel
+
+    config = EncodecConfig(
+        target_bandwidths=[1.2],
+        sampling_rate=32_000,
+        upsampling_ratios=[8, 5, 4, 4],
+        num_filters=4,
+        hidden_size=16,
+        codebook_size=64,
+        codebook_dim=16,
+        use_causal_conv=False,
+        normalize=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        EncodecModel(config).to(dtype).save_pretrained(folder)
+    return folder
+
+
 def use_hub(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline, with this Hugging Face cache, and what is kept of recordings below tmp_path."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))

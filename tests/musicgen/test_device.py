@@ -5,6 +5,7 @@ tensors of two devices fails as on a GPU. What needs values (a backward pass, a 
 """
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 import torch
 from audiocraft.modules.codebooks_patterns import Pattern
 from audiocraft.modules.conditioners import dropout_condition
-from conftest import ROOT, tiny_config
+from conftest import ROOT, build_hf_codec, tiny_config
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -33,7 +34,7 @@ from training import evaluate, stop
 from training.session import Session
 from training.start import start
 
-CUDA = torch.device("cuda", 0)
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps", 0)
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def to_cuda(*modules: nn.Module) -> None:
 @pytest.fixture
 def model(model_folder: Path, fake_mode: FakeTensorMode) -> Model:
     with unset_fake_temporarily():
-        model = load.load_model(str(model_folder), torch.device("cpu"))
+        model = load.load_model(str(model_folder), CPU)
     to_cuda(model.lm, model.compression_model, text_conditioner(model.lm).t5)
     model.lm.train()
     return model
@@ -71,6 +72,51 @@ def test_audio_is_encoded_on_the_gpu(model):
     codes = codec.encode_audio(model, wav)
     assert codes.device == CUDA
     assert codes.shape == (3, model.lm.num_codebooks, round(model.frame_rate))
+
+
+def test_beside_a_model_on_mps_encodec_is_on_the_cpu(mono_folder, tmp_path):
+    """Placed there by the loader, and by training before and after samples."""
+    folder = shutil.copytree(mono_folder, tmp_path / "model")
+    model = load.load_model(str(folder), CPU)
+    for device in (MPS, "mps"):
+        codec.move(model, "decoder", device)
+    torch.save({"pretrained": "facebook/encodec_32khz"}, folder / "compression_state_dict.bin")
+    build_hf_codec(folder / "encodec")
+    loaded = [load._load_codec(path, "model", MPS) for path in (mono_folder, folder)]
+    tensors = [t for part in (model.compression_model, *loaded) for t in part.state_dict().values()]
+    assert {tensor.device for tensor in tensors} == {CPU}
+
+
+def test_beside_a_model_on_mps_audio_is_encoded_and_decoded_on_the_cpu(model_folder, fake_mode):
+    with unset_fake_temporarily():
+        model = load.load_model(str(model_folder), CPU)
+    make_fake(model.compression_model, CPU)
+    wav = torch.empty(2, model.audio_channels, model.sample_rate, device=MPS)
+    codes = codec.encode_audio(model, wav)
+    assert codes.device == MPS
+    assert sampling.decode(model, codes).shape == wav.shape
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_audio_is_encoded_without_tf32(fails, mono_folder, monkeypatch):
+    model = load.load_model(str(mono_folder), CPU)
+    encode, cudnn = model.compression_model.encode, torch.backends.cudnn
+    seen = []
+
+    def watched(wav: torch.Tensor) -> object:
+        seen.append((cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision))
+        if fails:
+            raise RuntimeError("out of memory")
+        return encode(wav)
+
+    monkeypatch.setattr(model.compression_model, "encode", watched)
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    assert before == ("tf32", "tf32"), "torch's default"
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        codec.encode_audio(model, torch.zeros(1, 1, 6400))
+    assert seen == [("ieee", "ieee")]
+    assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == before
+    assert cudnn.allow_tf32
 
 
 def test_captions_wait_on_the_cpu_and_are_handed_out_on_the_gpu(model):
@@ -104,7 +150,7 @@ def test_the_loss_is_computed_on_the_gpu(grad_checkpointing, model):
 
 def test_melodies_are_on_the_gpu_in_training_and_generation(fake_mode, melody_folder):
     with unset_fake_temporarily():
-        model = load.load_model(str(melody_folder), torch.device("cpu"))
+        model = load.load_model(str(melody_folder), CPU)
     to_cuda(model.lm, text_conditioner(model.lm).t5)
     conditioner = melody_conditioner(model.lm)
     conditioner.device = model.device = CUDA

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import use_hub
+from conftest import build_hf_codec, use_hub
 from omegaconf import OmegaConf
-from transformers import EncodecConfig, EncodecModel, T5EncoderModel
+from transformers import T5EncoderModel
 
 from errors import UserError
 from musicgen import codec, load, sampling
@@ -281,12 +281,7 @@ def test_a_text_encoder_stored_in_half_precision_runs_in_float32(mono_folder, tm
 def test_a_codec_stored_in_half_precision_runs_in_float32(mono_folder, tmp_path):
     folder = shutil.copytree(mono_folder, tmp_path / "model")
     torch.save({"pretrained": "facebook/encodec_32khz"}, folder / WEIGHTS[1])
-    sizes = {"num_filters": 4, "hidden_size": 16, "codebook_dim": 16, "codebook_size": 64}
-    config = EncodecConfig(
-        **{"target_bandwidths": [1.2], "sampling_rate": 32_000, "upsampling_ratios": [8, 5, 4, 4]},
-        **{"use_causal_conv": False, "normalize": False, **sizes},
-    )
-    EncodecModel(config).half().save_pretrained(folder / "encodec")
+    build_hf_codec(folder / "encodec", torch.float16)
     model = load.load_model(str(folder), CPU)
     state = model.compression_model.state_dict()
     assert {t.dtype for t in state.values() if t.is_floating_point()} == {torch.float32}

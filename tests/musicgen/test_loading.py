@@ -13,10 +13,9 @@ import torch
 from audiocraft.models import MusicGen
 from audiocraft.modules import transformer
 from audiocraft.modules.conditioners import ConditioningAttributes
-from conftest import ROOT, run_script, tone, weights
+from conftest import ROOT, build_hf_codec, run_script, tone, weights
 from huggingface_hub import constants
 from omegaconf import OmegaConf
-from transformers import EncodecConfig, EncodecModel
 
 import musicgen
 import run
@@ -229,25 +228,6 @@ def test_stereo_codes_are_the_two_channels_in_turn(stereo_folder):
         assert torch.equal(codes[:, channel::2], alone)
     assert not torch.equal(codes[:, 0::2], codes[:, 1::2])
     assert loss(stereo_folder).isfinite().all()
-
-
-def build_hf_codec(folder: Path) -> Path:
-    """A random EnCodec in Hugging Face's format: 32 kHz, 50 frames a second, 4 codebooks of 64."""
-    config = EncodecConfig(
-        target_bandwidths=[1.2],
-        sampling_rate=32_000,
-        upsampling_ratios=[8, 5, 4, 4],
-        num_filters=4,
-        hidden_size=16,
-        codebook_size=64,
-        codebook_dim=16,
-        use_causal_conv=False,
-        normalize=False,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        EncodecModel(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(("kind", "where"), [("mono", "in the cache"), ("stereo", "in the folder")])

@@ -274,6 +274,24 @@ def test_the_split_of_a_step_into_batches_does_not_matter(fit, folder, make_pair
         torch.testing.assert_close(together[key], apart[key], rtol=0, atol=1e-4)
 
 
+def test_beside_a_model_on_mps_demucs_is_on_the_cpu_without_tf32(folder, monkeypatch):
+    assert {p.device for p in melody.load_demucs("mps", "").models[0].parameters()} == {CPU}
+    conditioner = melody.melody_conditioner(load.load_model(str(folder), CPU).lm)
+    conditioner.device = "meta"  # in the place of MPS
+    monkeypatch.setattr(melody, "codec_device", lambda device: CPU)
+    seen = []
+
+    def watched(demucs, wav, *, device, **_):
+        cudnn = torch.backends.cudnn
+        seen.extend([wav.device, device, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision])
+        return torch.zeros(len(wav), 4, *wav.shape[1:])
+
+    monkeypatch.setattr(apply, "apply_model", watched)
+    assert conditioner._get_stemmed_wav(torch.zeros(2, 1, 32_000), 32_000).device.type == "meta"
+    assert seen == [CPU, CPU, "ieee", "ieee"]
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
 def test_without_demucs_captions_alone_can_be_trained(
     folder, make_pairs, tmp_path, cli, without_demucs
 ):
