@@ -1,8 +1,8 @@
 """Recordings and captions -> clips: `wav [C, samples]`, length, caption.
 
 Letters: B batch, C channels, K codebooks, T token frames, F chroma frames, P pitch classes.
-Everything random is a function of (seed, epoch, file), so a run sees the same clips however it is
-stopped, resumed or split over processes.
+Everything random is a function of (seed, epoch, file) and of which of the file's clips it is, so a
+run sees the same clips however it is stopped, resumed or split over processes.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from recordings.wording import merged
 
 @dataclass(frozen=True)
 class Pick:
-    """The crop to take: of which file, in which epoch.
+    """The crop to take: which of an epoch's clips, in which epoch.
 
     A filler gives an empty clip that pads a process's share, to keep the processes in step.
     """
@@ -68,6 +68,7 @@ class Clips(Dataset[Clip]):
         sample_rate: the model's, in Hz.
         channels: the model's, C.
         samples: length of each crop; a shorter track is taken whole and zero-padded.
+        by_length: a track gives a clip for each full crop, at least one; False = one.
         drop_caption: probability of an empty caption.
         merge_text_p: probability of merging a caption's other fields into it.
         in_front: adds to a merged caption the words that each caption starts with.
@@ -85,6 +86,7 @@ class Clips(Dataset[Clip]):
         channels: int,
         samples: int,
         seed: int,
+        by_length: bool = False,
         drop_caption: float = 0.0,
         merge_text_p: float = 0.0,
         in_front: Callable[[str], str] = str,
@@ -94,6 +96,8 @@ class Clips(Dataset[Clip]):
         drop_melody: float = 0.0,
     ) -> None:
         self.tracks = tracks
+        counts = [track.crops(samples, sample_rate) if by_length else 1 for track in tracks]
+        self.firsts = np.cumsum([0, *counts])  # each track's first clip, and the number of all
         self.sample_rate = sample_rate
         self.channels = channels
         self.samples = samples
@@ -107,13 +111,18 @@ class Clips(Dataset[Clip]):
         self.drop_melody = drop_melody
 
     def __len__(self) -> int:
-        return len(self.tracks)
+        return int(self.firsts[-1])
 
     def __getitem__(self, pick: Pick) -> Clip:
-        track = self.tracks[pick.index]
-        rng = np.random.default_rng([self.seed, pick.epoch, stable_hash(track.key)])
+        track, number, count = self._clip_of(pick.index)
+        seeds = [self.seed, pick.epoch, stable_hash(track.key)]
+        rng = np.random.default_rng(seeds)
         frames = min(track.frames, -(-self.samples * track.sample_rate // self.sample_rate))
-        start = int(rng.integers(track.frames - frames + 1))
+        starts = track.frames - frames + 1
+        # A track's clips of one epoch begin equally far apart, at most a crop: no gaps.
+        start = (number * starts + int(rng.integers(starts))) // count
+        if number:
+            rng = np.random.default_rng([*seeds, number])
         unconditional = rng.random() < self.drop_caption  # for classifier-free guidance
         caption = "" if unconditional else self._drop_words(self._caption(track, rng), rng)
         wav = codes = melody = problem = None
@@ -148,6 +157,12 @@ class Clips(Dataset[Clip]):
             melody=melody,
             error=problem,
         )
+
+    def _clip_of(self, index: int) -> tuple[Track, int, int]:
+        """Return a clip's track, its number among the track's clips (from 0), and their count."""
+        place = int(np.searchsorted(self.firsts, index, side="right")) - 1
+        first, end = self.firsts[place : place + 2].tolist()
+        return self.tracks[place], index - first, end - first
 
     def _caption(self, track: Track, rng: np.random.Generator) -> str:
         if not self.merge_text_p or not track.written or not track.written.fields:

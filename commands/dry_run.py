@@ -23,10 +23,12 @@ def dry_run(config: Config, tracks: list[Track]) -> str:
     model = configs(config.model_id)
     check_melody(config, "self_wav" in model[0].conditioners, tracks)
     encodes = not tracks[0].codec
-    plan = make_plan(config, len(tracks), processes=int(os.environ.get("WORLD_SIZE", 1)))
     codec_cfg = model[1]
     rate = frame_rate(codec_cfg)
     frames = crop_frames(config, model[0].dataset.segment_duration, rate, tracks)
+    clips = [track.crops(frames, round(rate)) if config.crops_by_length else 1 for track in tracks]
+    plan = make_plan(config, sum(clips), processes=int(os.environ.get("WORLD_SIZE", 1)))
+    share = f"; {plan.clips} an epoch, in proportion to length" if config.crops_by_length else ""
     dtype, why = torch.bfloat16, "as on a GPU that has it"
     if config.precision != "auto":
         dtype, why = DTYPES[config.precision], "as asked for"
@@ -46,7 +48,7 @@ def dry_run(config: Config, tracks: list[Track]) -> str:
         f"model      {config.model_id}, {need.parameters / 1e6:.1f} M parameters, "
         f"{trained} trained",
         f"steps      {plan.total_steps}: {plan.steps_per_epoch} an epoch, of "
-        f"{plan.sizes} clips of {frames / rate:g} s",
+        f"{plan.sizes} clips of {frames / rate:g} s{share}",
         f"precision  {str(dtype).removeprefix('torch.')} ({why})",
         f"memory     {memory}",
         f"           at the peak {_gb(need.peak)} ({when}), plus what CUDA itself takes",

@@ -42,6 +42,7 @@ class Config(CaptionFlags):
             "word_dropout",
             "drop_melody",
             "duration",
+            "crops_by_length",
             "cache_tokens",
             "num_workers",
         ),
@@ -103,7 +104,10 @@ class Config(CaptionFlags):
     )
     output_dir: AnyPath = Field("models", description="folder for everything the run writes")
     epochs: int = Field(
-        100, ge=1, description="passes over the dataset; each takes one random crop of every file"
+        100,
+        ge=1,
+        description="passes over the dataset; each takes one random crop of every file, or more "
+        "with crops_by_length",
     )
     lr: float = Field(1e-5, gt=0, le=1, description="learning rate after the warm-up")
     lora_rank: int = Field(
@@ -150,6 +154,11 @@ class Config(CaptionFlags):
     )
     duration: float = Field(
         30.0, ge=1, description="length of a crop in seconds; shorter clips are padded"
+    )
+    crops_by_length: bool = Field(
+        False,
+        description="take one crop an epoch for each full duration in a file, at least one, "
+        "instead of one from each file; 0 = off",
     )
     cache_tokens: bool = Field(
         False,

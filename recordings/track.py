@@ -46,6 +46,10 @@ class Track:
     def duration_sec(self) -> float:
         return self.frames / self.sample_rate
 
+    def crops(self, length: int, rate: int) -> int:
+        """Return how many whole crops of `length` at `rate` a second it holds, at least one."""
+        return max(1, self.frames * rate // (length * self.sample_rate))
+
     @property
     def key(self) -> str:
         """The name that seeds its crops: a flac, or one in a shard, gets the crops of the wav."""

@@ -260,9 +260,14 @@ def test_dropout_acts_in_training_alone(flags, expected, mono_folder, make_pairs
     assert modes == expected
 
 
-def test_held_out_loss_is_the_training_loss_of_the_same_clips(model_folder, make_pairs, fit):
-    data = make_pairs(seconds=SECONDS)
-    flags = {"valid_path": str(data), "valid_step": 5, "batch_size": 3, "grad_acc": 2}
+@pytest.mark.parametrize(
+    ("seconds", "how"), [(SECONDS, {}), ((0.8, 3.0, 1.2), {"crops_by_length": True})]
+)
+def test_held_out_loss_is_the_training_loss_of_the_same_clips(
+    seconds, how, model_folder, make_pairs, fit
+):
+    data = make_pairs(seconds=seconds)
+    flags = how | {"valid_path": str(data), "valid_step": 5, "batch_size": 3, "grad_acc": 2}
     held_out, trained, _ = metrics(fit(model_folder, data, epochs=1, **flags))
     assert held_out["valid_loss"] == pytest.approx(trained["loss"], rel=1e-5)
     assert held_out["valid_loss_codebooks"] == pytest.approx(trained["loss_codebooks"], rel=1e-5)
@@ -314,8 +319,8 @@ def crops(data: Path, plan: Plan, workers: int = 0, seed: int = 3) -> dict[tuple
 
 def test_a_crop_follows_from_seed_epoch_and_file_alone(make_pairs, tmp_path):
     data = make_pairs(seconds=(3.0, 2.0, 1.5, 4.0))
-    plan = Plan(files=4, batch_size=2, grad_acc=1, epochs=3, max_steps=None, seed=0)
-    reordered = Plan(files=4, batch_size=3, grad_acc=2, epochs=3, max_steps=None, seed=9)
+    plan = Plan(clips=4, batch_size=2, grad_acc=1, epochs=3, max_steps=None, seed=0)
+    reordered = Plan(clips=4, batch_size=3, grad_acc=2, epochs=3, max_steps=None, seed=9)
     expected = crops(data, plan)
     assert len(expected) == 12
     assert len(set(expected.values())) == 12  # another crop in each epoch
@@ -326,7 +331,7 @@ def test_a_crop_follows_from_seed_epoch_and_file_alone(make_pairs, tmp_path):
 
     sf.write(data / "a new one.wav", np.zeros(32_000), 32_000)  # sorts before all others
     (data / "a new one.txt").write_text("silence")
-    more = crops(data, Plan(files=5, batch_size=2, grad_acc=1, epochs=3, max_steps=None, seed=0))
+    more = crops(data, Plan(clips=5, batch_size=2, grad_acc=1, epochs=3, max_steps=None, seed=0))
     assert {key: more[key] for key in expected} == expected
 
 

@@ -97,6 +97,7 @@ def make_clips(
         channels=model.audio_channels,
         samples=frames * round(model.sample_rate / model.frame_rate),
         seed=config.seed,
+        by_length=config.crops_by_length,
         drop_caption=config.cfg_p if training and config.use_cfg else 0.0,
         merge_text_p=config.merge_text_p if training else 0.0,
         in_front=in_front_of(config),

@@ -1,5 +1,6 @@
 """The facts that are printed before the first step."""
 
+import statistics
 from collections import Counter
 
 from flags.run import Config
@@ -14,11 +15,12 @@ def facts_of(session: Session) -> dict[str, str]:
     config, plan = session.config, session.plan
     tracks, held_out = session.clips.tracks, session.held_out.tracks
     epochs = session.total / plan.steps_per_epoch
+    crops = f", {len(session.held_out)} crops" if config.crops_by_length else ""
     facts = {
         "data": f"{len(tracks)} files, {format_seconds(_seconds(tracks))} of audio, "
         f"{_crop_facts(session)}",
-        "held out": f"{len(held_out)} files, {format_seconds(_seconds(held_out))}, every "
-        f"{session.valid_step} steps"
+        "held out": f"{len(held_out)} files, {format_seconds(_seconds(held_out))}{crops}, "
+        f"every {session.valid_step} steps"
         if held_out
         else "none (see --valid_split)",
         "captions": _condition_facts(session),
@@ -35,9 +37,15 @@ def facts_of(session: Session) -> dict[str, str]:
 
 
 def _crop_facts(session: Session) -> str:
-    config, tracks = session.config, session.clips.tracks
+    config, clips, tracks = session.config, session.clips, session.clips.tracks
     crop_sec = session.frames / session.model.frame_rate
     facts = f"crops of {crop_sec:g} s"
+    counts = [track.crops(clips.samples, clips.sample_rate) for track in tracks]
+    if config.crops_by_length:
+        facts = f"{len(clips)} {facts} an epoch, in proportion to length"
+    elif max(counts) > 10 * statistics.median(counts):
+        facts += f", one an epoch from each file, though the longest has {max(counts)} (see "
+        facts += "--crops_by_length)"
     if short := sum(track.duration_sec < crop_sec for track in tracks):
         facts += f"; {short} shorter files are padded, the padding is not trained on"
     if tracks[0].codec:

@@ -19,18 +19,18 @@ from flags.run import Config
 class Plan:
     """A plan of the clips that each optimizer step and each process takes.
 
-    An epoch is a random order of all files, cut into as few steps as possible of at most
+    An epoch is a random order of all clips, cut into as few steps as possible of at most
     `clips_per_step` clips; their sizes differ by at most one clip, so that no step learns from a
     few clips alone. Within a step, clips go to the processes in turn.
 
-    Example: 9 files, batches of 4, grad_acc 2, one process: steps of 5 and 4 clips.
+    Example: 9 clips, batches of 4, grad_acc 2, one process: steps of 5 and 4 clips.
 
     Args:
         is_even: False = as earlier versions cut an epoch: full steps, the rest in the last one
             (8 and 1 in the example). A run that began this way continues this way.
     """
 
-    files: int
+    clips: int  # in an epoch
     batch_size: int
     grad_acc: int
     epochs: int
@@ -45,12 +45,12 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.files / self.clips_per_step)
+        return math.ceil(self.clips / self.clips_per_step)
 
     @property
     def sizes(self) -> str:
         """Say how many clips a step takes, such as "5 or 4"."""
-        size, larger = divmod(self.files, self.steps_per_epoch)
+        size, larger = divmod(self.clips, self.steps_per_epoch)
         if not self.is_even:
             return f"up to {self.clips_per_step}"
         return f"{size + 1} or {size}" if larger else f"{size}"
@@ -63,11 +63,11 @@ class Plan:
     def step(self, step: int) -> list[Pick]:
         """Return all processes' clips of optimizer step `step` (from 0)."""
         epoch, part = divmod(step, self.steps_per_epoch)
-        order = _order(self.seed, epoch, self.files)
+        order = _order(self.seed, epoch, self.clips)
         start = part * self.clips_per_step
         stop = start + self.clips_per_step
         if self.is_even:
-            size, larger = divmod(self.files, self.steps_per_epoch)  # the first steps are larger
+            size, larger = divmod(self.clips, self.steps_per_epoch)  # the first steps are larger
             start = part * size + min(part, larger)
             stop = start + size + (part < larger)
         return [Pick(epoch, int(index)) for index in order[start:stop]]
@@ -77,9 +77,9 @@ class Plan:
         return _share(self.step(step), self.batch_size, rank, self.processes)
 
 
-@functools.lru_cache(maxsize=2)  # 2: the loader is ahead of the loop; 1,000,000 files take 30 ms
-def _order(seed: int, epoch: int, files: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(files)
+@functools.lru_cache(maxsize=2)  # 2: the loader is ahead of the loop; 1,000,000 clips take 30 ms
+def _order(seed: int, epoch: int, clips: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(clips)
 
 
 def _share(picks: list[Pick], batch_size: int, rank: int, processes: int) -> list[list[Pick]]:
@@ -101,7 +101,7 @@ def train_batches(
 def held_out_batches(
     clips: Clips, batch_size: int, *, rank: int, processes: int, workers: int
 ) -> Generator[Batch, None, None]:
-    """Yield every track's crop of epoch 0, always the same one; each process gets a share."""
+    """Yield all clips of epoch 0, always the same ones; each process gets a share."""
     picks = [Pick(0, index) for index in range(len(clips))]
     return _read(clips, _share(picks, batch_size, rank, processes), workers)
 
@@ -136,9 +136,9 @@ def _leave_signals_to_parent(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def make_plan(config: Config, files: int, processes: int) -> Plan:
+def make_plan(config: Config, clips: int, processes: int) -> Plan:
     return Plan(
-        files=files,
+        clips=clips,
         batch_size=config.batch_size,
         grad_acc=config.grad_acc,
         epochs=config.epochs,

@@ -53,7 +53,8 @@ def start(config: Config, scanned: Tracks | None = None) -> Session:
         loss.register_parameter("placeholder", tuning.new_word.vector)
     module, optimizer = accelerator.prepare(loss, make_optimizer(config, trained))
     frames = crop_frames(config, model.max_duration, model.frame_rate, tracks)
-    plan = make_plan(config, len(tracks), accelerator.num_processes)
+    clips = make_clips(config, model, tracks, frames, tokens, melodies, training=True)
+    plan = make_plan(config, len(clips), accelerator.num_processes)
     session = Session(
         config=config,
         accelerator=accelerator,
@@ -65,7 +66,7 @@ def start(config: Config, scanned: Tracks | None = None) -> Session:
         trained=trained,
         optimizer=optimizer,
         ema=EMA(list(trained.values()), config.ema_decay) if config.ema_decay else None,
-        clips=make_clips(config, model, tracks, frames, tokens, melodies, training=True),
+        clips=clips,
         held_out=make_clips(config, model, held_out, frames, tokens, melodies, training=False),
         plan=plan,
         frames=frames,

@@ -326,6 +326,7 @@ OTHER: dict[str, Any] = {
     "warmup_steps": 2,
     "use_cfg": False,
     "duration": 1.5,
+    "crops_by_length": True,
     "seed": 1,
     "cfg_p": 0.3,
     "word_dropout": 0.0,
@@ -403,6 +404,24 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(world, tmp_path, monkey
     assert_same_run(run(world, tmp_path / "run", batch_size=2, resume=True), whole)
     even = run(world, tmp_path / "even", batch_size=2)
     assert not same_weights(weights(even), weights(whole))
+
+
+def test_a_run_of_before_crops_by_length_goes_on_without_it(stopped, world):
+    with_state(stopped, lambda state: state["config"].pop("crops_by_length"))
+    with pytest.raises(UserError, match="--crops_by_length=True, was False"):
+        run(world, stopped, resume=True, crops_by_length=True)
+    assert_same_run(run(world, stopped, resume=True), world.whole)
+
+
+def test_a_run_by_length_is_resumed_to_the_same_end(world, tmp_path):
+    """With 4 clips of 3 files, two in a step; stopped in each epoch."""
+    whole = run(world, tmp_path / "whole", crops_by_length=True)
+    output = tmp_path / "run"
+    for number in (4, 6, 8):
+        with at_encoding(number, fail), pytest.raises(Fault):
+            go_on(world, output, crops_by_length=True)
+    assert_same_run(go_on(world, output, crops_by_length=True), whole)
+    assert not same_weights(weights(whole), weights(world.whole))
 
 
 @pytest.mark.parametrize("of_an_earlier_version", [False, True])
