@@ -16,9 +16,7 @@ class UserError(Exception):
 def plain_errors(advice_out_of_memory: str) -> Iterator[None]:
     """End the process with a plain message instead of a traceback if the user can fix the error."""
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao warns at each start
-    for stream in (sys.stdout, sys.stderr):  # escape what a console can't show
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    show_any_text()
     try:
         yield
     except UserError as error:
@@ -32,6 +30,13 @@ def plain_errors(advice_out_of_memory: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         _exit(f"out of memory: {str(error).splitlines()[0]}\n{advice_out_of_memory}")
+
+
+def show_any_text() -> None:
+    """Let the console escape what it can't show, such as Japanese in cp1252, and not fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's shows everything
+            stream.reconfigure(errors="backslashreplace")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

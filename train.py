@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import gather_object
 
 from dataset import Batch
-from errors import UserError, first_lines
+from errors import UserError, first_lines, show_any_text
 from flags.run import Config
 from musicgen.device import to_device
 from musicgen.loss import token_counts
@@ -44,6 +44,7 @@ def train(config: Config, scanned: Tracks | None = None) -> None:
     non-finite loss, an existing one is kept.
     Raises: UserError for what the user can fix.
     """
+    show_any_text()
     run = start(config, scanned)
     if run.accelerator.is_main_process:
         announce(run)

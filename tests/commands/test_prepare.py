@@ -8,7 +8,7 @@ import fuzz
 import numpy as np
 import pytest
 import soundfile as sf
-from conftest import tone, write_pairs
+from conftest import run_script, tone, write_pairs
 from PIL import Image
 from samples import sound, tar_of
 
@@ -139,6 +139,16 @@ def test_nothing_of_the_users_is_overwritten(look, tmp_path):
     assert "another file has this name" in look(data, picture=tmp_path / "photo.png").err
     assert (tmp_path / "photo.png").read_bytes() == b"mine"
     assert look(data).code == look(data).code == 0  # its own picture it replaces
+
+
+def test_a_caption_that_the_console_cannot_show_is_escaped(tmp_path):
+    data = write_pairs(tmp_path / "data", seconds=(1.0, 1.5))
+    for path in data.glob("*.txt"):
+        path.write_text("ピアノ", encoding="utf-8")
+    words = ["check", data, "--picture", tmp_path / "check.png"]
+    done = run_script("prepare.py", *words, PYTHONIOENCODING="cp1252", PYTHONUTF8="0")
+    assert done.returncode == 0, done.stderr
+    assert r"clip1.wav: \u30d4\u30a2\u30ce" in done.stdout
 
 
 def test_mistakes_are_told(look, cli, tmp_path):

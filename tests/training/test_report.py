@@ -1,6 +1,7 @@
 """A run shows what it does: lines on the screen, metrics.jsonl, training.png, samples, wandb."""
 
 import hashlib
+import io
 import json
 import math
 import re
@@ -142,6 +143,46 @@ def test_the_screen_shows_facts_steps_held_out_loss_and_samples(train, tmp_path,
     assert len(samples) == 6
     assert out[-1] == f"done: {tmp_path / 'run' / 'lm_final.pt'}"
     assert len(out) == 9 + 4 + 3 + 6 + 1
+
+
+class Notebook:
+    """A stream as a notebook's: no file, no encoding."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("is_notebook", [False, True])
+@pytest.mark.parametrize("by_command", [False, True])
+def test_a_caption_that_the_console_cannot_show_stops_nothing(
+    by_command, is_notebook, fit, mono_folder, tmp_path, monkeypatch
+):
+    data = write_pairs(tmp_path / "data", seconds=(1.0,))
+    (data / "clip0.txt").write_text("ピアノ", encoding="utf-8")
+    flags = {"sample_step": 1, "sample_duration": 0.1, "max_steps": 1, "trigger": "静か"}
+    console = Notebook() if is_notebook else io.TextIOWrapper(io.BytesIO(), "cp1252")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", console)
+        if by_command:
+            here = {"dataset_path": data, "model_id": mono_folder, "output_dir": tmp_path / "run"}
+            words = [f"--{name}={value}" for name, value in {**here, **TINY, **flags}.items()]
+            patch.setattr(sys, "argv", ["run.py", *words])
+            run.main()
+        else:
+            fit(mono_folder, data, **flags)
+        if isinstance(console, io.TextIOWrapper):
+            console.seek(0)
+            assert console.read().count(r"\u30d4\u30a2\u30ce") == 2
+        else:
+            assert console.text.count("ピアノ") == 2
+    assert (tmp_path / "run" / "lm_final.pt").exists()
 
 
 def test_facts_tell_what_was_changed_or_left_out(train):
