@@ -5,11 +5,20 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 
 class UserError(Exception):
     """An error that the user can fix; its few plain lines say what, where and how."""
+
+
+class Problem(NamedTuple):
+    """What is wrong with a file; the reason does not name the file, so that others can share it."""
+
+    name: str
+    reason: str
 
 
 @contextlib.contextmanager
@@ -61,6 +70,37 @@ def first_lines(lines: list[str], limit: int = 20) -> str:
     if len(lines) > limit:
         shown.append(f"  ... and {len(lines) - limit} more")
     return "\n".join(shown)
+
+
+def by_reason(problems: Iterable[Problem], *, all_names: bool = False) -> list[str]:
+    """Return a line for each reason, the most frequent first.
+
+    A reason that files share is said once, with their number and three names; or with all names,
+    each in a line of its own.
+    """
+    names = defaultdict[str, list[str]](list)
+    for name, reason in problems:
+        names[reason].append(name)
+    lines = []
+    for reason, of in sorted(names.items(), key=lambda item: -len(item[1])):
+        if len(of) == 1:
+            lines.append(f"{of[0]}: {reason}")
+        elif all_names:
+            lines += [f"{len(of)} files: {reason}", *(f"  {name}" for name in of)]
+        else:
+            lines.append(f"{len(of)} files ({few(of)}): {reason}")
+    return lines
+
+
+def few(names: list[str]) -> str:
+    """Return three names, and how many more there are. Example: "a, b, c and 18 more"."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def count(number: object, noun: str) -> str:
+    """Return a number with its noun. Example: 1, "file" -> "1 file"; "2 or 1", "process"."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number} {noun if str(number) == '1' else plural}"
 
 
 def printable(text: str) -> str:

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 import files
-from errors import UserError, first_lines
+from errors import Problem, UserError, by_reason, count, first_lines
 from flags.prepare import CheckConfig
 from recordings import audio, captions, scan, shards
 from recordings.captions import MAX_TOKENS
@@ -66,7 +66,7 @@ def check(config: CheckConfig) -> bool:
     recordings = [track for track in found if not track.codec]
     for track, result in zip(recordings, _listen_to_all(recordings), strict=True):
         if isinstance(result, str):
-            problems.append(f"{track.name}: {result}")
+            problems.append(Problem(track.name, result))
         else:
             tracks.append(track)
             sounds[track.name] = result
@@ -77,14 +77,13 @@ def check(config: CheckConfig) -> bool:
     unit, lengths = _caption_lengths([track.caption for track in tracks])
     print("\n".join(_facts(config, tracks, unit, lengths)))
     if encoded:
-        print(f"tokens     {len(encoded)} of them are files of tokens, which were not listened to")
-    left_out_by_fix = {
-        "can't be trained on": problems,
-        "are silent from start to end": silent,
-        "are the same recording as another": [f"{d.name}: as {d.original}" for d in duplicates],
-    }
-    for what, names in left_out_by_fix.items():
-        _print_list(what, names, limit=len(names))
+        print(f"tokens     {count(len(encoded), 'file')} of tokens among them, not listened to")
+    if problems:
+        lines = by_reason(problems, all_names=True)
+        print(f"\n{len(problems)} can't be trained on:\n{first_lines(lines, limit=len(lines))}")
+    copies = [f"{copy.name}: as {copy.original}" for copy in duplicates]
+    _print_list("silent from start to end", silent, limit=len(silent))
+    _print_list("the same recording as another", copies, limit=len(copies))
     for what, names in _warnings(config, tracks, sounds, unit, lengths).items():
         _print_list(what, names, limit=20)
     if tracks:
@@ -94,7 +93,7 @@ def check(config: CheckConfig) -> bool:
         left_out = {*silent, *(duplicate.name for duplicate in duplicates)}
         usable = [track for track in tracks if track.name not in left_out]
         _copy(usable, target, shards.is_shards(config.dataset_path))
-        print(f"fixed      {len(usable)} recordings copied to {target}")
+        print(f"fixed      {count(len(usable), 'recording')} copied to {target}")
     would_start = bool(tracks) and not problems
     print("\n" + _verdict(would_start, is_fixed=target is not None))
     return would_start
@@ -121,24 +120,24 @@ def _warnings(
 ) -> dict[str, list[str]]:
     """Return what may be wrong with recordings that can be trained on, and which ones it is."""
     return {
-        "are in formats that can't be read; convert them, perhaps to flac": _not_read(
+        "in a format that can't be read; convert it, perhaps to flac": _not_read(
             Path(config.dataset_path)
         ),
-        "clip (distort at full scale) in more than a tenth of their length": [
+        "clipping (distorted at full scale) for more than a tenth of its length": [
             f"{name}: {sound.clipped:.0%}" for name, sound in sounds.items() if sound.clipped > 0.1
         ],
-        f"are quieter than {QUIET_DB:g} dB": [
+        f"quieter than {QUIET_DB:g} dB": [
             f"{name}: {sound.level_db:.0f} dB"
             for name, sound in sounds.items()
             if sound.level_db < QUIET_DB and sound.silent < 1
         ],
-        "are silent for more than a third of their length": [
+        "silent for more than a third of its length": [
             f"{name}: {sound.silent:.0%}"
             for name, sound in sounds.items()
             if 1 / 3 < sound.silent < 1
         ],
-        "have the caption of another recording": [] if config.caption else _shared_captions(tracks),
-        f"have captions of more than {MAX_TOKENS} {unit}; training reads the first "
+        "with the caption of another recording": [] if config.caption else _shared_captions(tracks),
+        f"with a caption of more than {MAX_TOKENS} {unit}; training reads the first "
         f"{MAX_TOKENS} tokens": [
             f"{track.name}: {length}"
             for track, length in zip(tracks, lengths, strict=True)
@@ -149,7 +148,7 @@ def _warnings(
 
 def _print_list(what: str, names: list[str], limit: int) -> None:
     if names:
-        print(f"\n{len(names)} {what}:\n{first_lines(names, limit)}")
+        print(f"\n{count(len(names), 'recording')} {what}:\n{first_lines(names, limit)}")
 
 
 def _verdict(would_start: bool, *, is_fixed: bool) -> str:
@@ -260,14 +259,14 @@ def _facts(config: CheckConfig, tracks: list[Track], unit: str, lengths: list[in
     short = sum(length < config.duration for length in seconds)
     steps = -(-len(tracks) // (config.batch_size * config.grad_acc))
     return [
-        f"data       {len(tracks)} recordings, {total} in all",
+        f"data       {count(len(tracks), 'recording')}, {total} in all",
         f"length     {format_seconds(min(seconds))} to {format_seconds(max(seconds))}, median "
-        f"{middle}; {short} shorter than {config.duration:g} s, which are padded",
+        f"{middle}; {short} shorter than {config.duration:g} s, to be padded",
         f"rate       {_counted(f'{track.sample_rate} Hz' for track in tracks)}",
         "captions   none, as no_label=1"
         if config.no_label
         else f"captions   {min(lengths)} to {max(lengths)} {unit}, median {np.median(lengths):g}; "
-        f"{len({track.caption for track in tracks})} different ones",
+        f"{len({track.caption for track in tracks})} different",
         f"steps      {steps} an epoch at --batch_size={config.batch_size} "
         f"--grad_acc={config.grad_acc}",
     ]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import files
 from commands.folder import begin
-from errors import UserError, first_lines
+from errors import Problem, UserError, by_reason, count, first_lines
 from flags.prepare import CleanConfig
 from recordings import audio, captions, scan
 from recordings.track import Track
@@ -58,25 +58,24 @@ def clean(config: CleanConfig) -> bool:
         try:
             facts = _facts(track)
         except OSError as error:
-            problems.append(f"{track.name}: {error}")
+            problems.append(Problem(track.name, error.strerror or str(error)))
             continue
         if name := cleaned.get(_stem(track.name)):
             if name != track.name or any(done[name][fact] != facts[fact] for fact in facts):
-                problems.append(
-                    f"{track.name}: has changed since an earlier run cleaned it; name a new folder"
-                )
+                reason = "has changed since an earlier run cleaned it; name a new folder"
+                problems.append(Problem(track.name, reason))
             continue
         record["begun"] = track.name
         files.write_json(out / RECORD, record)
         try:
-            count, frames, said = _clean(track, out, config, read)
+            made, frames, said = _clean(track, out, config, read)
         except ValueError as error:
-            problems.append(f"{track.name}: {error}")
+            problems.append(Problem(track.name, str(error)))
             continue
         except OSError as error:  # from the temporary file
             raise UserError(f"--output_dir={out}: can't be written to ({error.strerror})") from None
         notes += said
-        done[track.name] = {**facts, "files": count, "frames_out": frames}
+        done[track.name] = {**facts, "files": made, "frames_out": frames}
     record["begun"] = None
     files.write_json(out / RECORD, record)
 
@@ -85,21 +84,21 @@ def clean(config: CleanConfig) -> bool:
         format_seconds(sum(result[frames] / result["rate"] for result in results))
         for frames in ("frames", "frames_out")
     )
-    print(f"in         {len(results)} recordings, {before} in all")
-    print(f"out        {sum(result['files'] for result in results)} files, {after}, in {out}")
+    files_out = count(sum(result["files"] for result in results), "file")
+    print(f"in         {count(len(results), 'recording')}, {before} in all")
+    print(f"out        {files_out}, {after}, in {out}")
     print(f"done       {', '.join(_asked(config))}")
     if earlier:
         print(f"           {earlier} of the recordings by an earlier run")
     names = {track.name for track in tracks}
     gone = [name for name in done if name not in names]
-    what_else = {
-        "to know": notes,
-        f"are no longer in {config.dataset_path}, but an earlier run left them in {out}": gone,
-        "can't be used": problems,
-    }
-    for what, lines in what_else.items():
-        if lines:
-            print(f"\n{len(lines)} {what}:\n{first_lines(lines)}")
+    left = f"no longer in {config.dataset_path}, but an earlier run left it in {out}"
+    if notes:
+        print(f"\nto know:\n{first_lines(notes)}")
+    if gone:
+        print(f"\n{count(len(gone), 'recording')} {left}:\n{first_lines(gone)}")
+    if problems:
+        print(f"\n{len(problems)} can't be used:\n{first_lines(by_reason(problems))}")
     return not problems
 
 

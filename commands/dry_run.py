@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from errors import count
 from flags.run import Config
 from musicgen.config import configs
 from musicgen.skeleton import frame_rate
@@ -48,7 +49,7 @@ def dry_run(config: Config, tracks: list[Track]) -> str:
         f"model      {config.model_id}, {need.parameters / 1e6:.1f} M parameters, "
         f"{trained} trained",
         f"steps      {plan.total_steps}: {plan.steps_per_epoch} an epoch, of "
-        f"{plan.sizes} clips of {frames / rate:g} s{share}",
+        f"{count(plan.sizes, 'clip')} of {frames / rate:g} s{share}",
         f"precision  {str(dtype).removeprefix('torch.')} ({why})",
         f"memory     {memory}",
         f"           at the peak {_gb(need.peak)} ({when}), plus what CUDA itself takes",

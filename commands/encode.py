@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import files
 from commands.encode_files import Encoded, captions_of
-from errors import UserError, first_lines
+from errors import UserError, count, first_lines
 from flags.prepare import EncodeConfig
 from musicgen import codec, load
 from musicgen.codec import codec_hash
@@ -83,7 +83,7 @@ def encode(config: EncodeConfig, encoded: Encoded) -> bool:
     ]
     if others:
         print(
-            f"\n{len(others)} files of tokens in {out} belong to no recording in "
-            f"{config.dataset_path}, but will be trained on:\n{first_lines(sorted(others))}"
+            f"\n{count(len(others), 'file')} of tokens in {out} without a recording in "
+            f"{config.dataset_path}, but to be trained on:\n{first_lines(sorted(others))}"
         )
     return True

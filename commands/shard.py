@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import files
 from commands.folder import begin
-from errors import UserError
+from errors import UserError, count
 from flags.prepare import ShardConfig
 from recordings import captions, scan, shards
 from recordings.audio import Source
@@ -42,7 +42,7 @@ def shard(config: ShardConfig) -> bool:
     new = {path: part for path, part in made.items() if not _is_whole(path, part)}
     for path, part in tqdm(new.items(), unit="shard", desc="writing"):
         files.write(path, partial(_write, part=part))
-    print(f"recordings {len(tracks)}, in {len(plan)} shards of up to {config.shard_mb} MB")
+    print(f"recordings {len(tracks)}, in {count(len(plan), 'shard')} of up to {config.shard_mb} MB")
     print(f"shards     {len(new)} written now, {len(plan) - len(new)} were there, in {out}")
     return True
 

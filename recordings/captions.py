@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from errors import UserError
 from recordings import audio, shards
 from recordings.audio import Source
 from recordings.shards import Member
@@ -61,12 +60,12 @@ class Captions:
         self.files = files
         self.one = one
         self.from_tags = from_tags
-        self._table = functools.cache(_table_or_error)
+        self._table = functools.cache(self._table_or_error)
 
     def of(self, recording: str) -> Caption:
         """Return the caption of a recording, by its key in `files`.
 
-        Raises: ValueError with reason and remedy; UserError if a whole table can't be used.
+        Raises: ValueError with a reason that other recordings can share, and a remedy.
         """
         if self.one:
             return Caption("--caption", self.one)
@@ -75,27 +74,23 @@ class Captions:
         if source := self._beside(recording, ".txt"):
             text = " ".join(_read(source).split())
             if not text:
-                raise ValueError(f"its caption {source.name} is empty: write what is heard in it")
+                raise ValueError("its .txt is empty: write what is heard in it")
             return Caption(".txt files", text)
         if source := self._beside(recording, ".json"):
             return _from_json(source)
-        for folder, source in self._tables(recording):
-            table = self._table(source)
-            if isinstance(table, UserError):
+        for folder, name in self._tables(recording):
+            table = self._table(folder + name)
+            if isinstance(table, ValueError):
                 raise table
             texts = table.get(_normal(recording.removeprefix(folder)), [])
             if len(set(texts)) > 1:
-                raise ValueError(f"{source.name} has different captions for it: keep one")
+                raise ValueError(f"{name} has different captions for it: keep one")
             if texts and not texts[0]:
-                raise ValueError(
-                    f"its caption in {source.name} is empty: write what is heard in it"
-                )
+                raise ValueError(f"its caption in {name} is empty: write what is heard in it")
             if texts:
-                return Caption(source.name, texts[0])
-        name = PurePosixPath(recording)
+                return Caption(name, texts[0])
         raise ValueError(
-            f"no caption: write {name.with_suffix('.txt').name} or "
-            f"{name.with_suffix('.json').name} beside it, or a row with its file_name and "
+            "no caption: write NAME.txt or NAME.json beside NAME.wav, or a row with file_name and "
             'text in metadata.csv or metadata.jsonl; or give --caption="..." for all, '
             "--caption_from=tags, or --no_label=1 for none"
         )
@@ -105,14 +100,20 @@ class Captions:
         names = (stem + s for s in (suffix, suffix.upper()))
         return next((self.files[name] for name in names if name in self.files), None)
 
-    def _tables(self, recording: str) -> Iterator[tuple[str, Source]]:
-        """Yield the tables that may name it, nearest first, each after its folder ("album/")."""
+    def _tables(self, recording: str) -> Iterator[tuple[str, str]]:
+        """Yield folder ("album/") and name of the tables that may name it, nearest first."""
         folder = recording
         while folder:
             folder = folder[: folder.rfind("/", 0, -1) + 1]
             for name in TABLES:
                 if folder + name in self.files:
-                    yield folder, self.files[folder + name]
+                    yield folder, name
+
+    def _table_or_error(self, name: str) -> dict[str, list[str]] | ValueError:
+        try:
+            return _read_table(name, self.files[name])
+        except ValueError as error:
+            return error
 
 
 def files(recording: Source, caption: Caption) -> dict[str, bytes]:
@@ -151,9 +152,9 @@ def _read(source: Source) -> str:
     try:
         return _bytes(source).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"its caption {source.name} is not UTF-8 text: save it as UTF-8") from None
+        raise ValueError(f"its {source.suffix} is not UTF-8 text: save it as UTF-8") from None
     except OSError as error:
-        raise ValueError(f"its caption {source.name} can't be read ({error})") from None
+        raise ValueError(f"its {source.suffix} can't be read ({error.strerror or error})") from None
 
 
 def _bytes(source: Source) -> bytes:
@@ -171,18 +172,16 @@ def _from_json(source: Source) -> Caption:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"its caption {source.name} is not JSON ({error})") from None
+        raise ValueError(f"its .json is not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(
-            f'its caption {source.name} is not a JSON object like {{"description": "..."}}'
-        )
+        raise ValueError('its .json is not a JSON object like {"description": "..."}')
     try:
         caption = _caption(".json files", content)
     except ValueError as error:
-        raise ValueError(f"its caption {source.name}: {error}") from None
+        raise ValueError(f"its .json: {error}") from None
     if not caption.plain:
         names = ", ".join(("description", *FIELDS))
-        raise ValueError(f"its caption {source.name} is empty: it has none of {names}")
+        raise ValueError(f"its .json is empty: it has none of {names}")
     return caption
 
 
@@ -235,15 +234,8 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _table_or_error(source: Source) -> dict[str, list[str]] | UserError:
-    try:
-        return _read_table(source)
-    except UserError as error:
-        return error
-
-
-def _read_table(source: Source) -> dict[str, list[str]]:
-    """Return {recording's name relative to the table: its captions}. Raises: UserError.
+def _read_table(name: str, source: Source) -> dict[str, list[str]]:
+    """Return {recording's name relative to the table: its captions}. Raises: ValueError.
 
     Rows of missing recordings are no error: one may have been moved out of the folder.
     """
@@ -254,15 +246,15 @@ def _read_table(source: Source) -> dict[str, list[str]]:
             column = next((name for name in TEXT_COLUMNS if name in row), None)
             if "file_name" not in row or column is None:
                 raise ValueError(f"line {number} has no file_name, or no text (or caption)")
-            name, text = row["file_name"], row[column] or ""
-            if not isinstance(name, str) or not isinstance(text, str):
+            recording, text = row["file_name"], row[column] or ""
+            if not isinstance(recording, str) or not isinstance(text, str):
                 raise ValueError(f"line {number}: file_name and {column} must be text")
-            texts.setdefault(_normal(name), []).append(" ".join(text.split()))
+            texts.setdefault(_normal(recording), []).append(" ".join(text.split()))
     except UnicodeDecodeError:
-        raise UserError(f"{source}: is not UTF-8 text: save it as UTF-8") from None
+        raise ValueError(f"{name} is not UTF-8 text: save it as UTF-8") from None
     except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise UserError(
-            f"{source}: can't be read as a table of captions ({error}); it needs the columns "
+        raise ValueError(
+            f"{name} can't be read as a table of captions ({error}); it needs the columns "
             "file_name, relative to its folder, and text"
         ) from None
     return texts

@@ -7,7 +7,7 @@ import posixpath
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from errors import UserError, first_lines
+from errors import Problem, UserError, by_reason, count, first_lines
 from recordings import audio, shards, token_file
 from recordings.audio import SUFFIXES, Source
 from recordings.captions import Caption, Captions
@@ -27,7 +27,7 @@ def scan(
 
     Recordings that an earlier scan has checked are not opened again; see index.py.
     `caption` is for all, `from_tags` takes the files' own tags; else see captions.py.
-    Raises: UserError that names every file that can't be used, and why.
+    Raises: UserError that says what can't be used, and why.
     """
     tracks, problems = find(
         folder,
@@ -38,8 +38,9 @@ def scan(
     )
     if problems:
         raise UserError(
-            f"{folder}: {len(problems)} of {len(tracks) + len(problems)} recordings can't be "
-            f"trained on; fix them or move them out of the folder:\n{first_lines(problems)}"
+            f"{folder}: {len(problems)} of {count(len(tracks) + len(problems), 'recording')} can't "
+            "be trained on; fix them or move them out of the folder:\n"
+            + first_lines(by_reason(problems))
         )
     return tracks
 
@@ -64,8 +65,8 @@ def find(
     caption: str | None = None,
     from_tags: bool = False,
     index: Index | None = None,
-) -> tuple[list[Track], list[str]]:
-    """Return the usable recordings, and a line with name and reason for each unusable one.
+) -> tuple[list[Track], list[Problem]]:
+    """Return the usable recordings, and a problem for each unusable one.
 
     All are opened, except those that `index` knows.
     Raises: UserError if there are none of either kind.
@@ -94,10 +95,8 @@ def find(
             source = files[name]
             sample_rate, frames, codec = _check(name, source, index)
         except (OSError, ValueError) as error:  # ours, and soundfile's
-            problems.append(f"{name}: {error}")
-        except UserError as error:  # of a table, so of many recordings
-            if str(error) not in problems:
-                problems.append(str(error))
+            reason = error.strerror if isinstance(error, OSError) else None  # without the path
+            problems.append(Problem(name, reason or str(error)))
         else:
             text = written.plain if written else ""
             member = source if isinstance(source, Member) else None
@@ -139,9 +138,9 @@ class _Files(Mapping[str, Source]):
         return len(self.names) + len(self.members)
 
 
-def _files(dataset_path: str) -> tuple[_Files, list[str]]:
-    """Return the files of a folder or of shards, and a line for each problem with a shard."""
-    files, problems = _Files(dataset_path), []
+def _files(dataset_path: str) -> tuple[_Files, list[Problem]]:
+    """Return the files of a folder or of shards, and what is wrong with a shard."""
+    files, problems = _Files(dataset_path), list[Problem]()
     if shards.is_shards(dataset_path):
         tars = shards.find(dataset_path)
     else:
@@ -151,7 +150,10 @@ def _files(dataset_path: str) -> tuple[_Files, list[str]]:
         members, wrong = shards.members(tar)
         files.members.update((f"{name}/{member.name}", member) for member in members.values())
         again = f"; delete {tar} to have it downloaded again" if "://" in name else ""
-        problems += [f"{name}: {what}{again}" for what in wrong]
+        problems += [
+            Problem(f"{name}/{member}" if member else name, reason + again)
+            for member, reason in wrong
+        ]
     return files, problems
 
 

@@ -21,7 +21,7 @@ from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-
 from filelock import FileLock
 
 import files
-from errors import UserError
+from errors import Problem, UserError
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7z": "xz", b"\x28\xb5": "zstd"}
 ABOUT_NEXT = (b"x", b"X", b"g", b"L", b"K")  # types of headers that describe the next member
@@ -101,26 +101,27 @@ def find(dataset_path: str) -> dict[str, Path]:
     return shards
 
 
-def members(tar: Path) -> tuple[dict[str, Member], list[str]]:
-    """Return the files in a tar by name, and a line for each problem with it or with one of them.
+def members(tar: Path) -> tuple[dict[str, Member], list[Problem]]:
+    """Return the files in a tar by name, and its problems: of a member, or without a name.
 
     The tar may be hostile: nothing is written, and links are not followed.
     """
     found: dict[str, Member] = {}
-    problems: list[str] = []
+    problems: list[Problem] = []
     if not tar.is_file():
-        return {}, ["is not a plain file"]
+        return {}, [Problem("", "is not a plain file")]
     try:
         with tar.open("rb") as file:
             for info in _headers(file, tar.stat().st_size):
                 name = PurePosixPath(info.name).as_posix()  # ./a.wav is a.wav
                 problem = "occurs twice" if name in found else _problem(info)
                 if problem:
-                    problems.append(f"{name}: {problem}")
+                    problems.append(Problem(name, problem))
                 elif not info.isdir():
                     found[name] = Member(tar, name, info.offset_data, info.size)
     except (tarfile.TarError, OSError, ValueError) as error:
-        problems.append(f"truncated or damaged ({_reason(tar, error)}): copy it or make it again")
+        reason = f"truncated or damaged ({_reason(tar, error)}): copy it or make it again"
+        problems.append(Problem("", reason))
     return found, problems
 
 

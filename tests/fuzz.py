@@ -108,7 +108,8 @@ def look(folder: Path, name: str) -> tuple[str, str]:
     try:
         is_audio = name.split(".")[1] in FORMATS
         from_tags = is_audio and not (folder / "a.txt").exists()
-        tracks, problems = scan.find(str(folder), from_tags=from_tags)
+        tracks, found = scan.find(str(folder), from_tags=from_tags)
+        problems = [": ".join(problem) for problem in found]
     except UserError as error:
         tracks, problems = [], [str(error)]
     except Exception:
@@ -117,7 +118,8 @@ def look(folder: Path, name: str) -> tuple[str, str]:
         later = [text for track in tracks for text in [decode(track)] if text]
     except Exception:
         return "CRASH", traceback.format_exc()
-    if problems and not any(name in text for text in problems):
+    names = (name, f"its {Path(name).suffix} ", f"its {Path(name).suffix}:")  # of its recording
+    if problems and not any(said in text for text in problems for said in names):
         return "UNNAMED", "\n".join(problems)
     what = "told" if problems else "told later" if later else "decoded"
     return what, "\n".join([*problems, *later])

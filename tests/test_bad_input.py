@@ -25,6 +25,7 @@ from huggingface_hub import constants
 from processes import Started
 
 import generate
+import prepare
 import run
 from dataset import Clips, Pick
 from errors import UserError
@@ -215,7 +216,7 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], list[str]]] = {
     "folder missing": (flags(dataset_path="nowhere"), ["--dataset_path=nowhere", "no such folder"]),
     "folder empty": (empty_folder, ["empty: no recordings", "NAME.wav", "NAME.txt"]),
     "no pairs": (no_wavs, ["music: no recordings", "NAME.wav", "NAME.txt"]),
-    "no caption": (lone_wav, ["clip1.wav: no caption", "write clip1.txt", "--no_label=1"]),
+    "no caption": (lone_wav, ["clip1.wav: no caption", "write NAME.txt", "--no_label=1"]),
     "text as wav": (put(b"la la la " * 99), ["bad.wav: can't be read as audio", "move them"]),
     "0 bytes": (put(b""), ["bad.wav: the file is empty", "fix them or move them"]),
     "half a header": (put(wav()[:30]), ["bad.wav: can't be read as audio"]),
@@ -228,10 +229,13 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], list[str]]] = {
     "NaN": (put(wav(holding(np.nan), "FLOAT")), ["bad.wav: holds samples that are not finite"]),
     "infinite": (put(wav(holding(-np.inf), "FLOAT")), ["bad.wav: holds samples that are not"]),
     "NaN in 64 bit": (put(wav(holding(np.nan), "DOUBLE")), ["bad.wav: holds samples that are"]),
-    "not UTF-8": (put(b"caf\xe9", "clip1.txt"), ["clip1.wav: its caption clip1.txt", "UTF-8"]),
-    "empty caption": (put(b"", "clip0.txt"), ["clip0.wav: its caption clip0.txt is empty"]),
-    "blank caption": (put(b" \r\n\t", "clip0.txt"), ["clip0.wav: its caption clip0.txt is empty"]),
-    "caption a folder": (caption_is_a_folder, ["clip1.wav", "clip1.txt"]),
+    "not UTF-8": (
+        put(b"caf\xe9", "clip1.txt"),
+        ["clip1.wav: its .txt is not UTF-8", "save it"],
+    ),
+    "empty caption": (put(b"", "clip0.txt"), ["clip0.wav: its .txt is empty"]),
+    "blank caption": (put(b" \r\n\t", "clip0.txt"), ["clip0.wav: its .txt is empty"]),
+    "caption a folder": (caption_is_a_folder, ["clip1.wav: no caption", "NAME.txt"]),
     "held-out files": (bad_held_out, ["held_out", "clip0.wav: the file is empty"]),
     "all held out": (flags(valid_split=0.9), ["--valid_split=0.9 of 2 files", "lower it"]),
     # flags (test_flags has more)
@@ -375,10 +379,51 @@ def test_what_is_wrong_is_told_before_torch_is_imported(name, world):
 
 def test_of_many_bad_files_twenty_are_named_and_all_counted(world, cli):
     for number in range(25):
-        (world.data / f"lone{number:02d}.wav").write_bytes(wav())
+        (world.data / f"cut{number:02d}.wav").write_bytes(wav()[: -1 - number])
+        (world.data / f"cut{number:02d}.txt").write_text("a caption")
     result = cli(run, dataset_path=world.data, output_dir=world.output)
-    assert_told(result, ["25 of 27 recordings", "lone00.wav", "lone19.wav", "... and 5 more"])
-    assert "lone20.wav" not in result.err
+    assert_told(result, ["25 of 27 recordings", "cut00.wav", "cut19.wav", "... and 5 more"])
+    assert "cut20.wav" not in result.err
+
+
+SHARED = {
+    "no caption": (lambda path: None, "no caption: write NAME.txt"),
+    "an empty one": (lambda path: path.with_suffix(".txt").touch(), "its .txt is empty"),
+    "bytes": (lambda path: path.with_suffix(".txt").write_bytes(b"\xff"), "its .txt is not UTF-8"),
+    "no object": (lambda path: path.with_suffix(".json").write_text("[1]"), "its .json is not"),
+    "a table": (
+        lambda path: (path.parent / "metadata.csv").write_text("x\ny"),
+        "metadata.csv can't",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_fault_that_many_files_share_is_said_once(name, world, cli):
+    spoil, says = SHARED[name]
+    for number in range(30):
+        (world.data / f"lone{number:02d}.wav").write_bytes(wav())
+        spoil(world.data / f"lone{number:02d}.wav")
+    for command in (run, prepare):
+        words = ["shard", "--caption_from=auto"] if command is prepare else []
+        told = cli(command, *words, dataset_path=world.data, output_dir=world.output / "new").err
+        count, shared = told.splitlines()
+        assert "30 of 32 recordings can't be trained on" in count
+        names = "30 files (lone00.wav, lone01.wav, lone02.wav and 27 more)"
+        assert shared.startswith(f"  {names}: {says}")
+
+
+def test_what_is_shared_by_few_files_comes_first_and_names_them(world):
+    for name in ("a", "b", "c"):
+        (world.data / f"{name}.wav").write_bytes(b"" if name == "a" else wav())
+        (world.data / f"{name}.txt").write_text("a caption" if name == "a" else "")
+    with pytest.raises(UserError) as error:
+        scan.scan(str(world.data))
+    _, *lines = str(error.value).splitlines()
+    assert lines == [
+        "  2 files (b.wav, c.wav): its .txt is empty: write what is heard in it",
+        "  a.wav: the file is empty (0 bytes)",
+    ]
 
 
 def test_a_name_that_is_not_utf_8_is_told_to_be_renamed(world):

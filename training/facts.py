@@ -3,6 +3,7 @@
 import statistics
 from collections import Counter
 
+from errors import count
 from flags.run import Config
 from musicgen.melody import melody_conditioner
 from recordings.track import Track
@@ -15,22 +16,23 @@ def facts_of(session: Session) -> dict[str, str]:
     config, plan = session.config, session.plan
     tracks, held_out = session.clips.tracks, session.held_out.tracks
     epochs = session.total / plan.steps_per_epoch
-    crops = f", {len(session.held_out)} crops" if config.crops_by_length else ""
+    crops = f", {count(len(session.held_out), 'crop')}" if config.crops_by_length else ""
     facts = {
-        "data": f"{len(tracks)} files, {format_seconds(_seconds(tracks))} of audio, "
+        "data": f"{count(len(tracks), 'file')}, {format_seconds(_seconds(tracks))} of audio, "
         f"{_crop_facts(session)}",
-        "held out": f"{len(held_out)} files, {format_seconds(_seconds(held_out))}{crops}, "
-        f"every {session.valid_step} steps"
+        "held out": f"{count(len(held_out), 'file')}, {format_seconds(_seconds(held_out))}{crops}, "
+        f"every {count(session.valid_step, 'step')}"
         if held_out
         else "none (see --valid_split)",
         "captions": _condition_facts(session),
         "model": _model_facts(session),
-        "device": f"{session.accelerator.device}, {session.accelerator.num_processes} process(es)",
+        "device": f"{session.accelerator.device}, "
+        + count(session.accelerator.num_processes, "process"),
         "precision": session.precision,
-        "batch": f"{plan.sizes} clips a step: {config.batch_size} x {config.grad_acc} "
-        f"accumulated x {plan.processes} process(es)",
-        "steps": f"{session.total}: {plan.steps_per_epoch} an epoch, {epochs:g} epochs; "
-        f"warm-up {_warmup_facts(session)}",
+        "batch": f"{count(plan.sizes, 'clip')} a step: {config.batch_size} x {config.grad_acc} "
+        f"accumulated x {count(plan.processes, 'process')}",
+        "steps": f"{session.total}: {plan.steps_per_epoch} an epoch, "
+        f"{count(f'{epochs:g}', 'epoch')}; warm-up {_warmup_facts(session)}",
         "output": str(session.output),
     }
     return facts | ({"resumed": session.resumed} if session.resumed else {})
@@ -47,7 +49,7 @@ def _crop_facts(session: Session) -> str:
         facts += f", one an epoch from each file, though the longest has {max(counts)} (see "
         facts += "--crops_by_length)"
     if short := sum(track.duration_sec < crop_sec for track in tracks):
-        facts += f"; {short} shorter files are padded, the padding is not trained on"
+        facts += f"; {count(short, 'shorter file')} padded, the padding is not trained on"
     if tracks[0].codec:
         facts += "; taken from files of tokens, nothing is encoded"
         facts += " (--cache_tokens=1 adds nothing)" if config.cache_tokens else ""
@@ -82,7 +84,8 @@ def _model_facts(session: Session) -> str:
 def _warmup_facts(session: Session) -> str:
     asked = session.config.warmup_steps
     if session.warmup < asked and session.resumed is None:
-        return f"{session.warmup} (shortened from {asked}: the run has {session.total} steps)"
+        steps = count(session.total, "step")
+        return f"{session.warmup} (shortened from {asked}: the run has {steps})"
     return f"{session.warmup}"
 
 

@@ -230,7 +230,8 @@ def test_check_and_dry_run_take_tokens(encode, make_pairs, tmp_path, cli, mono_f
     encode(data, out)
     result = cli(prepare, "check", str(out), picture=tmp_path / "p.png")
     assert result.code == 0, result.err
-    assert "2 recordings, 1:03 in all" in result.out and "were not listened to" in result.out
+    assert "2 recordings, 1:03 in all" in result.out
+    assert "2 files of tokens among them, not listened to" in result.out
     flags = {"dataset_path": out, "model_id": mono_folder, "output_dir": tmp_path / "o"}
     result = cli(run, "--dry_run", **flags, duration=2)
     assert result.code == 0, result.err
@@ -311,7 +312,7 @@ def test_damaged_files_are_named_with_the_reason(encode, make_pairs, tmp_path, c
         (out / f"{name}.safetensors").write_bytes(damage(good))
     (out / "good.safetensors").write_bytes(good)
     tracks, problems = scan.find(str(out), with_captions=False)
-    told = dict(problem.split(".safetensors: ", 1) for problem in problems)
+    told = {name.removesuffix(".safetensors"): reason for name, reason in problems}
     assert [track.name for track in tracks] == ["good.safetensors"]
     wrong = {
         name: told.get(name)

@@ -92,11 +92,11 @@ def test_every_trouble_is_told_with_its_file_and_what_is_usable_copied(look, tmp
     assert "truncated" in names("can't be trained on")
     assert "silent.wav" in names("silent from start to end")
     assert "twin.wav: as clip0.wav" in names("same recording")
-    assert "clipping.wav" in names("clip (")
+    assert "clipping.wav" in names("clipping (")
     assert "faint.wav" in names("quieter")
     assert "half.wav: 50%" in names("more than a third")
     assert "twin.wav: melody number 0" in names("caption of another")
-    assert "sub/other.WMA" in names("formats that can't be read")
+    assert "sub/other.WMA" in names("format that can't be read")
 
     assert everything(data) == before
     usable = {"clip0.wav", "sub/clip1.wav", "clipping.wav", "faint.wav", "half.wav"}
@@ -193,10 +193,14 @@ def test_every_bad_table_and_every_bad_recording_is_named(look, tmp_path):
         (data / f"{number}.txt").write_text("a caption")
     told = look(data)
     assert told.code == 1
-    assert "data       1 recordings" in told.out
-    assert "32 can't be trained on" in told.out
-    for name in ("one/metadata.csv", "two/metadata.csv", *(f"  {n}.wav" for n in range(30))):
-        assert told.out.count(f"{name}: ") == 1
+    assert "data       1 recording," in told.out
+    assert "34 can't be trained on" in told.out
+    assert told.out.count("30 files: can't be read as audio") == 1
+    for album in ("one", "two"):
+        assert told.out.count(f"2 files: {album}/metadata.csv ") == 1
+    lines = told.out.splitlines()
+    for name in (*(f"{n}.wav" for n in range(30)), "one/a.wav", "one/b.wav", "two/a.wav"):
+        assert lines.count(f"    {name}") == 1
 
 
 def test_what_is_fixed_stays_in_its_folder_and_apart(look, tmp_path):

@@ -53,7 +53,8 @@ def pack(folder: Path, *tars: Path, form: int = tarfile.PAX_FORMAT) -> None:
 
 def found(dataset_path: object, **options: bool) -> tuple[list[str], list[str]]:
     tracks, problems = find(str(dataset_path), **options)
-    return [track.member.name if track.member else track.name for track in tracks], problems
+    names = [track.member.name if track.member else track.name for track in tracks]
+    return names, [": ".join(problem) for problem in problems]
 
 
 @pytest.fixture(scope="module")

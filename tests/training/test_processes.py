@@ -66,7 +66,7 @@ def test_two_processes_train_as_one(
     assert codes == {0}, stderr
     assert_same_run(alone, output, 1e-6)
     assert stdout.count("step 8/8  loss") == 1  # one process speaks
-    assert stdout.count("2 process(es)") == 2  # and says so in "device" and "batch"
+    assert stdout.count("2 processes") == 2  # and says so in "device" and "batch"
     assert {p.name for p in output.iterdir()} == {p.name for p in alone.iterdir()}
 
 

@@ -21,6 +21,7 @@ from conftest import Result, run_script, write_pairs
 from matplotlib import image
 from processes import Started
 
+import prepare
 import run
 from demo.tiny import build_musicgen
 from training import report
@@ -185,9 +186,26 @@ def test_a_caption_that_the_console_cannot_show_stops_nothing(
     assert (tmp_path / "run" / "lm_final.pt").exists()
 
 
+PLURAL = re.compile(r"\b1 (file|recording|clip|step|epoch|process|shard)s|\((s|es)\)")
+
+
+def test_one_of_a_thing_is_told_in_the_singular(train, cli, tmp_path):
+    data = write_pairs(tmp_path / "data", seconds=(0.8,))
+    one = {"dataset_path": data, "epochs": 1, "max_steps": 1, "valid_path": data, "valid_step": 1}
+    told = train(**one).out + train("dry", dry_run=1, **one).out
+    for command in ("check", "shard"):
+        own = {"check": {"picture": tmp_path / "x.png"}, "shard": {"output_dir": tmp_path / "x"}}
+        told += cli(prepare, command, str(data), **own[command]).out
+    assert not PLURAL.search(told), told
+    assert "data       1 file, 0:01 of audio, crops of 0.8 s" in told
+    assert "batch      1 clip a step: 2 x 1 accumulated x 1 process\n" in told
+    assert "steps      1: 1 an epoch, 1 epoch; " in told
+    assert "recordings 1, in 1 shard of up to" in told
+
+
 def test_facts_tell_what_was_changed_or_left_out(train):
     out = train(duration=3, max_steps=2, tune_text=1).out
-    assert "crops of 1.5 s; 4 shorter files are padded, the padding is not trained on" in out
+    assert "crops of 1.5 s; 4 shorter files padded, the padding is not trained on" in out
     assert "warm-up 0 (shortened from 16: the run has 2 steps)" in out
     assert "0.0 M trained" in out
     assert "none (see --valid_split)" in out
