@@ -92,8 +92,7 @@ class Config(CaptionFlags):
     }
 
     dataset_path: Dataset = Field(
-        description="folder of recordings and captions, or of their tokens; or shards: see "
-        "docs/data.md"
+        description="folder of recordings and captions, or of tokens, or shards (docs/data.md)"
     )
     model_id: str = Field(
         "small",
