@@ -81,7 +81,7 @@ class Captions:
         for folder, name in self._tables(recording):
             table = self._table(folder + name)
             if isinstance(table, ValueError):
-                raise table
+                raise ValueError(str(table))  # a new one, as tracebacks grow
             texts = table.get(_normal(recording.removeprefix(folder)), [])
             if len(set(texts)) > 1:
                 raise ValueError(f"{name} has different captions for it: keep one")
