@@ -169,7 +169,7 @@ def test_only_what_has_changed_is_encoded_again(encode, make_pairs, tmp_path):
     (data / "clip2.wav").unlink()
     (data / "clip2.txt").unlink()
     result = encode(data, out)
-    assert "1 files of tokens in" in result.out
+    assert "1 file of tokens in" in result.out
     assert "clip2.safetensors" in result.out
 
 
