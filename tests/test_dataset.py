@@ -166,9 +166,9 @@ def test_the_run_says_how_many_crops_an_epoch_has(data, mono_folder, tmp_path, c
     told = cli(run, **paths, **flags).out
     assert (
         "data       4 files, 0:12 of audio, 11 crops of 1 s an epoch, in proportion to length; "
-        "1 shorter files are padded"
+        "1 shorter file padded"
     ) in told
-    assert "held out   4 files, 0:12, 11 crops, every 1 steps" in told
+    assert "held out   4 files, 0:12, 11 crops, every 1 step\n" in told
     assert "steps      3: 3 an epoch, 1 epochs" in told
     assert "step 3/3  loss" in told
 
