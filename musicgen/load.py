@@ -56,8 +56,7 @@ def load_model(
     Raises: UserError if it does not exist, can't be downloaded, or is of another family.
     """
     folder = find_model(model_id)
-    with warnings.catch_warnings(), _quiet_transformers(), damage_as_user_error(model_id):
-        warnings.simplefilter("ignore")
+    with quiet(), damage_as_user_error(model_id):
         lm = _load_lm(folder, model_id, device, dtype, layers_dtype or dtype)
         return Model(model_id, _load_codec(folder, model_id, device), lm.eval())
 
@@ -68,8 +67,7 @@ def load_codec(model_id: str, device: torch.device) -> Model:
     Raises: UserError, as `load_model` does.
     """
     folder = find_model(model_id)
-    with warnings.catch_warnings(), _quiet_transformers(), damage_as_user_error(model_id):
-        warnings.simplefilter("ignore")
+    with quiet(), damage_as_user_error(model_id):
         cfg = OmegaConf.create(read_package(folder / WEIGHTS[0], model_id)["xp.cfg"])
         check_supported(cfg, model_id)
         lm: Any = nn.Linear(1, 1, device=device)  # a stand-in: MusicGen asks it for its device
@@ -121,8 +119,14 @@ def _load_codec(folder: Path, model_id: str, device: torch.device) -> Compressio
         local = folder / "encodec"
         if not local.is_dir():
             local = hub_folder(package["pretrained"], HF_FILES, CODEC_NEEDS)
-        bare: Any = HFEncodecModel.from_pretrained(local).float()  # some are stored in float16
+        loaded: Any = HFEncodecModel.from_pretrained(local, output_loading_info=True)
+        bare, found = loaded
+        if lacks := found["missing_keys"]:  # transformers leaves random values there
+            raise UserError(
+                f"--model_id={model_id}: its codec has no {min(lacks)}: download it again"
+            )
         bare.cfg_text = (local / "config.json").read_text()
+        bare.float()  # some are stored in float16
         codec: CompressionModel = HFEncodecCompressionModel(bare).to(device)
     else:
         cfg = OmegaConf.create(package["xp.cfg"])
@@ -134,13 +138,19 @@ def _load_codec(folder: Path, model_id: str, device: torch.device) -> Compressio
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence progress bars and advice while a text encoder loads."""
+def quiet() -> Iterator[None]:
+    """Silence what users can do nothing about while a model loads.
+
+    That is transformers' progress bars and advice, and torch's advice against its old weight_norm,
+    with which EnCodec is built: the published weights have its names.
+    """
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"\S+weight_norm. is deprecated", FutureWarning)
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         transformers_logging.enable_progress_bar()

@@ -1,7 +1,6 @@
 """A MusicGen of fake tensors, which have shapes and formats but no values."""
 
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 
 from musicgen import attention
 from musicgen.config import conditioner_configs
-from musicgen.load import all_but_matrices_to
+from musicgen.load import all_but_matrices_to, quiet
 from musicgen.melody import MelodyConditioner
 
 
@@ -62,8 +61,7 @@ def build_skeleton(cfg: Any, t5_cfg: Any, layers: int, layers_dtype: torch.dtype
 def build_encoder(codec_cfg: Any) -> tuple[Any, int, int]:
     """Build EnCodec's encoder on the meta device -> it, its channels, samples in a token frame."""
     here: Any = OmegaConf.merge(codec_cfg, {"device": "meta"})
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.device("meta"), quiet():
         codec: Any = builders.get_compression_model(here)
     return codec.encoder, codec.channels, round(codec.sample_rate / codec.frame_rate)
 

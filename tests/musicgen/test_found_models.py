@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import build_hf_codec, use_hub
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
 from errors import UserError
@@ -286,3 +287,43 @@ def test_a_codec_stored_in_half_precision_runs_in_float32(mono_folder, tmp_path)
     state = model.compression_model.state_dict()
     assert {t.dtype for t in state.values() if t.is_floating_point()} == {torch.float32}
     assert codec.encode_audio(model, torch.randn(1, 1, 6400)).shape == (1, 4, 10)
+
+
+def test_the_published_codecs_old_names_are_known_and_missing_weights_told(mono_folder, tmp_path):
+    folder = shutil.copytree(mono_folder, tmp_path / "model")
+    torch.save({"pretrained": "facebook/encodec_32khz"}, folder / WEIGHTS[1])
+    file = build_hf_codec(folder / "encodec") / "model.safetensors"
+    now = load.load_model(str(folder), CPU).compression_model.state_dict()
+
+    new = ("parametrizations.weight.original0", "parametrizations.weight.original1")
+    weights = load_file(file)
+    assert any(new[0] in name for name in weights)
+    for name in list(weights):
+        old = name.replace(new[0], "weight_g").replace(new[1], "weight_v")
+        weights[old] = weights.pop(name)
+    save_file(weights, file, {"format": "pt"})
+    old = load.load_model(str(folder), CPU).compression_model.state_dict()
+    assert all(torch.equal(now[key], old[key]) for key in now)
+
+    lost = min(name for name in weights if "encoder" in name)
+    del weights[lost]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UserError, match="its codec has no encoder"):
+        load.load_model(str(folder), CPU)
+
+
+# What is said while it loads
+
+
+@pytest.mark.parametrize("kind", ["mono", "stereo", "melody", "named codec"])
+def test_loading_says_nothing(kind, tmp_path, request, capfd, recwarn):
+    folder = request.getfixturevalue(f"{kind if kind != 'named codec' else 'mono'}_folder")
+    if kind == "named codec":
+        folder = shutil.copytree(folder, tmp_path / "model")
+        torch.save({"pretrained": "facebook/encodec_32khz"}, folder / WEIGHTS[1])
+        build_hf_codec(folder / "encodec", torch.float16)
+    capfd.readouterr()
+    recwarn.clear()
+    load.load_model(str(folder), CPU)
+    assert [str(warning.message) for warning in recwarn] == []
+    assert capfd.readouterr() == ("", "")
