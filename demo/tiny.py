@@ -79,7 +79,7 @@ def build_musicgen(
     on_cpu = {"device": "cpu", "dtype": "float32"}
     lm_here: Any = OmegaConf.merge(lm_cfg, on_cpu)
     codec_here: Any = OmegaConf.merge(codec_cfg, on_cpu)
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lm = build_lm(lm_here, t5)
         codec = get_compression_model(codec_here).eval()
@@ -100,12 +100,7 @@ def build_t5(
     import torch
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-    letters = [chr(code) for code in (*range(33, 127), *range(161, 256)) if code != 173]
-    # (piece, log-probability): a known word beats its letters
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -5.0)]
-    pieces += [(f"▁{word}", -7.0) for word in dict.fromkeys(words.split())]
-    pieces += [(letter, -5.0) for letter in letters]
-    pieces += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(100))]
+    pieces = t5_pieces(words)
     T5Tokenizer(vocab=pieces).save_pretrained(folder)
     num_heads = max(4, dim // 64)
     config = T5Config(
@@ -116,10 +111,19 @@ def build_t5(
         num_layers=num_layers,
         num_heads=num_heads,
     )
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         T5EncoderModel(config).save_pretrained(folder)
     return folder
+
+
+def t5_pieces(words: str = WORDS) -> list[tuple[str, float]]:
+    """Return the vocabulary that `build_t5` describes, each piece with its log-probability."""
+    letters = [chr(code) for code in (*range(33, 127), *range(161, 256)) if code != 173]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -5.0)]
+    pieces += [(f"▁{word}", -7.0) for word in dict.fromkeys(words.split())]  # beats its letters
+    pieces += [(letter, -5.0) for letter in letters]
+    return pieces + [(f"<extra_id_{i}>", 0.0) for i in reversed(range(100))]
 
 
 def build_hub_cache(
@@ -205,7 +209,7 @@ def _kmeans(vectors: Any, count: int, iterations: int = 10) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and audiocraft's deprecation warnings."""
     from transformers.utils import logging
 

@@ -96,6 +96,7 @@ def test_a_run_from_the_cache_needs_no_network(hf_home, cache, wide, make_pairs,
     words = [f"--{name}={value}" for name, value in guarded.items()]
     done = run_script("run.py", *words, HF_HOME=str(hf_home), **guard)
     assert done.returncode == 0, done.stderr
+    assert not done.stderr, "imports and loading warn of nothing"
     assert "step 2/2" in done.stdout
     assert not log.exists(), log.read_text()
 
