@@ -30,9 +30,7 @@ from training.report import format_seconds
 BLOCK_SEC = 30
 SILENT_DB, CLIPPED = -60.0, 0.999  # of full scale: peaks below are silent, from here on clipped
 QUIET_DB = -40.0
-NOT_READ = re.compile(
-    r"\.(aac|ac3|amr|ape|au|caf|dsf|m4b|mid|mka|mkv|mov|mp2|mp4|oga|tta|w64|webm|wma|wv)$", re.I
-)
+NOT_READ = re.compile(r"\.(ac3|amr|ape|au|caf|dsf|m4b|mid|mov|mp2|oga|tta|wv)$", re.I)
 MAKER = {"Software": "MusicGen Trainer"}  # stored in the picture, to recognise our own
 
 
@@ -123,6 +121,9 @@ def _warnings(
         "in a format that can't be read; convert it, perhaps to flac": _not_read(
             Path(config.dataset_path)
         ),
+        "with less than 1 s missing at the end, taken as it is": [
+            track.name for track in tracks if track.ends_early
+        ],
         "clipping (distorted at full scale) for more than a tenth of its length": [
             f"{name}: {sound.clipped:.0%}" for name, sound in sounds.items() if sound.clipped > 0.1
         ],

@@ -189,7 +189,7 @@ def _blocks(track: Track) -> Iterator[np.ndarray]:  # [frames, C]
 
 
 def _channels(track: Track) -> int:
-    _, channels, _ = audio.probe(track.source)
+    channels = audio.probe(track.source).channels
     if channels > FLAC_CHANNELS or track.sample_rate > FLAC_RATE_HZ:
         raise ValueError(f"flac can't hold {channels} channels at {track.sample_rate} Hz")
     return channels

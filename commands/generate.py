@@ -115,10 +115,11 @@ def _read(
 ) -> torch.Tensor:
     """Read a recording or its end, `[C, samples]` at the model's rate. Raises: UserError."""
     try:
-        rate, _, whole = audio.probe(Path(path))
+        facts = audio.probe(Path(path))
+        whole = facts.frames
         if whole == 0:
             raise ValueError("holds no audio")
-        frames = min(whole, round(last_sec * rate)) if last_sec else whole
+        frames = min(whole, round(last_sec * facts.sample_rate)) if last_sec else whole
         start = whole - frames
         wav = audio.read_crop(Path(path), start, frames, model.sample_rate, channels)
     except ValueError as error:

@@ -10,44 +10,44 @@ import numpy as np
 import soundfile as sf
 import soxr
 
-from recordings import m4a
+from recordings import ffmpeg, mp3
+from recordings.facts import Facts, check_facts, missing_allowed, truncated
 from recordings.shards import Member
 
 Source = Path | Member  # of a recording or a caption
-SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".m4a")
-MIN_CLIP_SEC = 0.5
-SAMPLE_RATES_HZ = (4_000, 768_000)  # outside these a header is damaged, not unusual
-MAX_CHANNELS = 32
+FOR_FFMPEG = (".m4a", ".mp4", ".aac", ".wma", ".mka", ".mkv", ".webm")
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", ".w64", *FOR_FFMPEG)
 STREAMED_BYTES = 0x7FFF0000  # a data size this large is a streaming writer's "unknown"
-TRUNCATED = re.compile(r"(?:data|SSND) : (\d+) \(should be (\d+)\)")  # from libsndfile's header log
+TRUNCATED = re.compile(
+    r"(?:data|SSND|riff) : (\d+) \(should be (\d+)\)"
+)  # from libsndfile's header log
+UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's
 SCAN_BLOCK_SEC = 60
 OGG_PAGE_FRAMES = 2**18  # more than a Vorbis page usually holds: 255 packets of 1024
 
 
-def check(source: Source) -> tuple[int, int]:
-    """Return (sample rate in Hz, frames). Raises: ValueError if it can't be trained on."""
+def check(source: Source) -> Facts:
+    """Return the facts of a recording. Raises: ValueError if it can't be trained on."""
     if isinstance(source, Path) and not source.is_file():
         raise ValueError("is not a plain file")
     if (source.stat().st_size if isinstance(source, Path) else source.size) == 0:
         raise ValueError("the file is empty (0 bytes)")
-    with _opened(source) as file:
-        if _is_m4a(source):
-            rate, channels, frames = m4a.probe(file)
-            check_facts(rate, channels, frames)
-            return rate, frames
-        return _check_sound(file)
+    facts = probe(source)
+    check_facts(facts.sample_rate, facts.channels, facts.frames)
+    return facts
 
 
-def probe(source: Source) -> tuple[int, int, int]:
-    """Return (sample rate in Hz, channels, frames) of a recording. Raises: ValueError."""
+def probe(source: Source) -> Facts:
+    """Return the facts of a recording, after a look at its end.
+
+    Decodes those that may hold NaN, or don't say their length.
+    Raises: ValueError that says what is wrong with the file.
+    """
     with _opened(source) as file:
-        if _is_m4a(source):
-            return m4a.probe(file)
-        try:
-            info = sf.info(file)
-        except sf.SoundFileError as error:
-            raise ValueError(str(error)) from None
-    return info.samplerate, info.channels, info.frames
+        if source.suffix.lower() != ".mp3":
+            with contextlib.suppress(sf.SoundFileError), _libsndfile(source, file) as sound:
+                return _probe_sound(sound, file)
+        return ffmpeg.probe(file)
 
 
 def read_crop(
@@ -60,13 +60,9 @@ def read_crop(
     """
     try:
         with _opened(source) as file:
-            if _is_m4a(source):
-                wav, source_rate = m4a.read(file, start, frames)  # [frames, channels]
-            else:
-                with sf.SoundFile(file) as sound:
-                    wav, source_rate = _read(sound, start, frames), sound.samplerate
-    except (sf.SoundFileError, OSError) as error:
-        raise ValueError(f"can't be read ({_reason(error)})") from None
+            wav, source_rate = _decode(source, file, start, frames)
+    except OSError as error:
+        raise ValueError(f"can't be read ({error.strerror})") from None
     if len(wav) < frames:
         raise ValueError(f"ends after {start + len(wav)} frames: it has changed since the start")
     if not np.isfinite(wav).all():
@@ -83,7 +79,7 @@ def read_crop(
 def tags(source: Source) -> dict[str, str]:
     """Return the tags of a recording, with names in lower case. Raises: ValueError."""
     with _opened(source) as file:
-        return m4a.tags(file)
+        return ffmpeg.tags(file)
 
 
 @contextlib.contextmanager
@@ -96,32 +92,62 @@ def _opened(source: Source) -> Iterator[str | BinaryIO]:
             yield file
 
 
-def _is_m4a(source: Source) -> bool:
-    return source.suffix.lower() == ".m4a"
+def _decode(
+    source: Source, file: str | BinaryIO, start: int, frames: int
+) -> tuple[np.ndarray, int]:  # [frames, channels], sample rate in Hz
+    with contextlib.suppress(sf.SoundFileError), _libsndfile(source, file) as sound:
+        if not (sound.format == "MP3" and start + frames > sound.frames):  # its header is wrong
+            return _read(sound, start, frames), sound.samplerate
+    return ffmpeg.read(file, start, frames)
 
 
-def _check_sound(file: str | BinaryIO) -> tuple[int, int]:
-    try:
-        with sf.SoundFile(file) as sound:
-            _check_header(sound)
-            try:
-                end_is_readable = len(_read(sound, sound.frames - 1, 1)) == 1
-            except sf.SoundFileError:  # as flac does
-                end_is_readable = False
-            if not end_is_readable:
-                seconds = sound.frames / sound.samplerate
-                raise ValueError(
-                    f"truncated or damaged: its header says {seconds:.2f} s of audio, but its end "
-                    "can't be read"
-                )
-            if sound.subtype in ("FLOAT", "DOUBLE"):  # only these can hold NaN
-                sound.seek(0)
-                for block in sound.blocks(SCAN_BLOCK_SEC * sound.samplerate, dtype="float32"):
-                    if not np.isfinite(block).all():
-                        raise ValueError("holds samples that are not finite (NaN or infinity)")
-            return sound.samplerate, sound.frames
-    except sf.SoundFileError as error:
-        raise ValueError(f"can't be read as audio ({_reason(error)})") from None
+def _libsndfile(source: Source, file: str | BinaryIO) -> sf.SoundFile:
+    """Open a recording with libsndfile. Raises: SoundFileError if it can't read it exactly."""
+    suffix = source.suffix.lower()
+    if suffix in FOR_FFMPEG or (suffix == ".mp3" and not mp3.promised_frames(file)):
+        raise sf.SoundFileError
+    sound = _from_start(file)
+    if sound.frames == UNKNOWN_FRAMES or (sound.format == "MP3" and suffix != ".mp3"):
+        sound.close()
+        raise sf.SoundFileError
+    return sound
+
+
+def _from_start(file: str | BinaryIO) -> sf.SoundFile:
+    if not isinstance(file, str):
+        file.seek(0)
+    return sf.SoundFile(file)
+
+
+def _probe_sound(sound: sf.SoundFile, file: str | BinaryIO) -> Facts:
+    rate, channels, frames = sound.samplerate, sound.channels, sound.frames
+    declared, found = frames, _end(sound, file)
+    if sizes := TRUNCATED.search(sound.extra_info):
+        declared_bytes, found_bytes = map(int, sizes.groups())
+        if found_bytes < declared_bytes < STREAMED_BYTES:
+            declared = -(-frames * declared_bytes // max(1, found_bytes))
+    if declared - found > missing_allowed(declared, rate):
+        raise truncated(declared, rate)
+    if sound.subtype in ("FLOAT", "DOUBLE"):  # only these can hold NaN
+        sound.seek(0)
+        for block in sound.blocks(SCAN_BLOCK_SEC * rate, dtype="float32"):
+            if not np.isfinite(block).all():
+                raise ValueError("holds samples that are not finite (NaN or infinity)")
+    return Facts(rate, channels, found, ends_early=found < declared)
+
+
+def _end(sound: sf.SoundFile, file: str | BinaryIO) -> int:
+    """Return the number of frames that can be read, if few are missing; else a smaller one."""
+    with contextlib.suppress(sf.SoundFileError):  # as flac raises
+        if sound.frames == 0 or len(_read(sound, sound.frames - 1, 1)) == 1:
+            return sound.frames
+    first = max(0, sound.frames - OGG_PAGE_FRAMES)
+    block = np.full((sound.frames - first, sound.channels), np.nan, np.float32)
+    # After an error libsndfile has to open the file anew.
+    with contextlib.suppress(sf.SoundFileError), _from_start(file) as sound:
+        sound.seek(first)
+        sound.read(out=block)
+    return first + int(np.isfinite(block).all(axis=1).argmin())
 
 
 def _read(sound: sf.SoundFile, start: int, frames: int) -> np.ndarray:  # [frames, channels]
@@ -133,28 +159,7 @@ def _read(sound: sf.SoundFile, start: int, frames: int) -> np.ndarray:  # [frame
     first = start
     if sound.format == "OGG":  # libsndfile seeks to the wrong frame in the last page
         first = min(start, max(0, sound.frames - OGG_PAGE_FRAMES))
+    elif sound.format == "MP3":  # libsndfile decodes a frame without the data before it
+        first = max(0, start - ffmpeg.PREROLL)
     sound.seek(first)
     return sound.read(start - first + frames, dtype="float32", always_2d=True)[start - first :]
-
-
-def _check_header(sound: sf.SoundFile) -> None:
-    sizes = TRUNCATED.search(sound.extra_info)
-    declared, found = map(int, sizes.groups()) if sizes else (0, 0)
-    if found < declared < STREAMED_BYTES:
-        raise ValueError(f"truncated: its header says {declared} bytes of audio, {found} are there")
-    check_facts(sound.samplerate, sound.channels, sound.frames)
-
-
-def check_facts(sample_rate: int, channels: int, frames: int) -> None:
-    """Raise ValueError if the rate, channels or length are impossible, or it is too short."""
-    low, high = SAMPLE_RATES_HZ
-    if not low <= sample_rate <= high or channels > MAX_CHANNELS:
-        raise ValueError(f"damaged: its header says {sample_rate} Hz and {channels} channels")
-    if frames == 0:
-        raise ValueError("its header says that it contains no audio (zero length)")
-    if frames < MIN_CLIP_SEC * sample_rate:
-        raise ValueError(f"too short: {frames / sample_rate:.2f} s; at least {MIN_CLIP_SEC} s")
-
-
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "error_string", error)).rstrip(".") or "it is damaged"

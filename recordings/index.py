@@ -14,19 +14,20 @@ import files
 from errors import UserError
 from recordings import audio
 from recordings.audio import Source
+from recordings.facts import Facts
 from recordings.shards import Member
 
-# Increase the 1 when audio.check's results change; another library version may change them too.
-VERSION = f"1, libsndfile {sf.__libsndfile_version__}, PyAV {av.__version__}"
-ROW = re.compile(r"\d+ \d+ \d+ -?\d+( \d+ \d+)?")
+# Increase the 2 when audio.check's results change; another library version may change them too.
+VERSION = f"2, libsndfile {sf.__libsndfile_version__}, PyAV {av.__version__}"
+ROW = re.compile(r"\d+ \d+ \d+ [01] \d+ -?\d+( \d+ \d+)?")
 JUST_NOW_SEC = 2  # step of mtime on some file systems, within which a second change goes unseen
 
 
 class Index:
     """The findings of `audio.check` in one dataset's recordings, in the user's cache folder.
 
-    A row holds sample rate and frames, size and mtime in ns of the file on disk and, in a shard,
-    offset and size. Rows are strings, which take a third of the memory.
+    A row holds the facts, size and mtime in ns of the file on disk and, in a shard, offset and
+    size. Rows are strings, which take a third of the memory.
     """
 
     def __init__(self, dataset_path: str) -> None:
@@ -39,23 +40,23 @@ class Index:
             if content["version"] == VERSION and all(map(ROW.fullmatch, content["rows"].values())):
                 self.rows = content["rows"]
 
-    def check(self, name: str, source: Source) -> tuple[int, int]:
+    def check(self, name: str, source: Source) -> Facts:
         """Return what `audio.check` returns, calling it only for new or changed recordings."""
         status = (source.tar if isinstance(source, Member) else source).stat()
         state = f"{status.st_size} {status.st_mtime_ns}"
         if isinstance(source, Member):
             state += f" {source.offset} {source.size}"
         if name in self.rows:
-            rate, frames, known_state = self.rows[name].split(" ", 2)
+            rate, channels, frames, ends_early, known_state = self.rows[name].split(" ", 4)
             if known_state == state:
-                return int(rate), int(frames)
+                return Facts(int(rate), int(channels), int(frames), ends_early == "1")
             del self.rows[name]
             self.has_changed = True
-        sample_rate, length = audio.check(source)
+        facts = audio.check(source)
         if status.st_mtime < time.time() - JUST_NOW_SEC:
-            self.rows[name] = f"{sample_rate} {length} {state}"
+            self.rows[name] = " ".join(map(str, map(int, facts))) + f" {state}"
             self.has_changed = True
-        return sample_rate, length
+        return facts
 
     def save(self, names: Iterable[str]) -> None:
         """Write the rows of the recordings `names`, dropping others.

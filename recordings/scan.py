@@ -11,6 +11,7 @@ from errors import Problem, UserError, by_reason, count, first_lines
 from recordings import audio, shards, token_file
 from recordings.audio import SUFFIXES, Source
 from recordings.captions import Caption, Captions
+from recordings.facts import Facts
 from recordings.index import Index
 from recordings.shards import Member
 from recordings.track import Track, as_wav
@@ -93,25 +94,28 @@ def find(
             written = captions.of(name) if with_captions else None
             _check_text(written)
             source = files[name]
-            sample_rate, frames, codec = _check(name, source, index)
+            facts, codec = _check(name, source, index)
         except (OSError, ValueError) as error:  # ours, and soundfile's
             reason = error.strerror if isinstance(error, OSError) else None  # without the path
             problems.append(Problem(name, reason or str(error)))
         else:
             text = written.plain if written else ""
             member = source if isinstance(source, Member) else None
-            tracks.append(Track(folder, name, member, text, sample_rate, frames, written, codec))
+            rate, _, frames, ends_early = facts
+            tracks.append(
+                Track(folder, name, member, text, rate, frames, written, codec, ends_early)
+            )
     if index:
         index.save(names)
     return tracks, problems
 
 
-def _check(name: str, source: Source, index: Index | None) -> tuple[int, int, str | None]:
-    """Return (sample rate in Hz, frames, codec of a file of tokens). Raises: ValueError."""
+def _check(name: str, source: Source, index: Index | None) -> tuple[Facts, str | None]:
+    """Return the facts, and the codec of a file of tokens. Raises: ValueError."""
     if source.suffix.lower() == token_file.SUFFIX:
         header = token_file.read_header(source)
-        return header.facts.sample_rate, header.facts.frames, header.codec
-    return *(index.check(name, source) if index else audio.check(source)), None
+        return Facts(header.facts.sample_rate, 1, header.facts.frames), header.codec
+    return (index.check(name, source) if index else audio.check(source)), None
 
 
 class _Files(Mapping[str, Source]):

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from recordings import audio
 from recordings.audio import Source
+from recordings.facts import check_facts
 from recordings.shards import Member
 
 SUFFIX = ".safetensors"
@@ -83,7 +83,7 @@ def read_header(source: Source) -> Header:
         raise ValueError(
             f"damaged: it says {codebooks} codebooks, {facts.frame_rate} frames a second"
         )
-    audio.check_facts(facts.sample_rate, 1, facts.frames)
+    check_facts(facts.sample_rate, 1, facts.frames)
     if abs(length - facts.frames * facts.frame_rate // facts.sample_rate) > 1:  # by rounding
         raise ValueError(
             f"damaged: {length} token frames are not {facts.frames // facts.sample_rate} s of audio"

@@ -15,7 +15,8 @@ class Track:
 
     It is the file `name` in the folder `root`, or a member of a shard.
     `written` is the caption as found, None without captions. A file of tokens has `codec`, the
-    codec's name, and the rate and length of the recording that was encoded.
+    codec's name, and the rate and length of the recording that was encoded. `ends_early`: the end
+    that its header promises is missing.
     """
 
     root: str
@@ -26,6 +27,7 @@ class Track:
     frames: int
     written: Caption | None = None
     codec: str | None = None
+    ends_early: bool = False
 
     @property
     def source(self) -> Source:
@@ -71,3 +73,12 @@ def stable_hash(name: str) -> int:
 def as_wav(name: str) -> str:
     """Return a recording's name with the suffix .wav."""
     return f"{name[: name.rindex('.')]}.wav"
+
+
+def ends_early(tracks: list[Track]) -> str | None:
+    """Return a warning that names those whose end is missing, None if there are none."""
+    names = [track.name for track in tracks if track.ends_early]
+    if not names:
+        return None
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"less than 1 s is missing at the end of {', '.join(names[:3])}{more}: taken as it is"

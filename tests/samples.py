@@ -24,16 +24,29 @@ CONTAINERS = {  # libsndfile's container and coding
     "ogg": ("OGG", "VORBIS"),
     "opus": ("OGG", "OPUS"),
 }
-FORMATS = [*CONTAINERS, "m4a"]
+WITH_PYAV = {  # ffmpeg's container and coding; AAC without PNS, see recordings/ffmpeg.py
+    "w64": ("w64", "pcm_s16le", {}),
+    "m4a": ("mp4", "aac", {"aac_pns": "0"}),
+    "mp4": ("mp4", "alac", {}),
+    "aac": ("adts", "aac", {"aac_pns": "0"}),
+    "wma": ("asf", "wmav2", {}),
+    "mka": ("matroska", "flac", {}),
+    "mkv": ("matroska", "aac", {"aac_pns": "0"}),
+    "webm": ("webm", "libopus", {}),
+}
+FORMATS = [*CONTAINERS, *WITH_PYAV]
+FROM_THE_START = {"wma", "mka", "mkv", "webm"}  # a crop is decoded from there
 
 
 def write(path: Path, wav: np.ndarray, tags: dict[str, str] | None = None, rate: int = RATE):
     """A recording in the format of its suffix, `wav` being [samples, channels]."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix.lower() == ".m4a":
-        write_m4a(path, wav, tags or {}, rate)
+    suffix = path.suffix.lower()[1:]
+    if suffix in WITH_PYAV:
+        form, codec, options = WITH_PYAV[suffix]
+        write_with_pyav(path, wav, form, codec, options, tags, rate)
         return
-    form, subtype = CONTAINERS[path.suffix.lower()[1:]]
+    form, subtype = CONTAINERS[suffix]
     whole = np.round(wav * 32_767)  # formats round differently; NaN stays in floats
     samples = whole.astype(np.int16) if subtype == "PCM_16" else whole / 32_768
     with sf.SoundFile(path, "w", rate, wav.shape[1], subtype, format=form) as file:
@@ -43,16 +56,30 @@ def write(path: Path, wav: np.ndarray, tags: dict[str, str] | None = None, rate:
             file.write(samples[start : start + RATE])
 
 
-def write_m4a(path: Path, wav: np.ndarray, tags: dict[str, str], rate: int) -> None:
-    if "aac" not in av.codecs_available:
-        pytest.skip("this PyAV has no encoder of AAC")
+def write_with_pyav(
+    path: Path,
+    wav: np.ndarray,
+    form: str,
+    codec: str,
+    options: dict[str, str],
+    tags: dict[str, str] | None = None,
+    rate: int = RATE,
+    **of_container: str,
+) -> None:
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no encoder of {codec}")
     layout = {1: "mono", 2: "stereo"}[wav.shape[1]]
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as file:
-        file.metadata.update(tags)
-        # Without PNS, whose noise is another for each start; see m4a.py.
-        stream = file.add_stream("aac", rate=rate, layout=layout, options={"aac_pns": "0"})
-        samples = np.ascontiguousarray(wav.T, dtype=np.float32)
-        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
+    with av.open(
+        str(path), "w", format=form, options={"movflags": "faststart", **of_container}
+    ) as file:
+        file.metadata.update(tags or {})
+        stream = file.add_stream(codec, rate=rate, layout=layout, options=options)
+        stream.bit_rate = 128_000
+        # As whole 16-bit numbers, which lossless formats keep.
+        samples = (np.round(wav.T * 32_767) / 32_768).astype(np.float32)
+        frame = av.AudioFrame.from_ndarray(
+            np.ascontiguousarray(samples), format="fltp", layout=layout
+        )
         frame.sample_rate, frame.pts = rate, 0
         for block in (frame, None):
             file.mux(stream.encode(block))

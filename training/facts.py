@@ -6,7 +6,7 @@ from collections import Counter
 from errors import count
 from flags.run import Config
 from musicgen.melody import melody_conditioner
-from recordings.track import Track
+from recordings.track import Track, ends_early
 from training.report import format_seconds
 from training.session import Session
 
@@ -35,6 +35,8 @@ def facts_of(session: Session) -> dict[str, str]:
         f"{count(f'{epochs:g}', 'epoch')}; warm-up {_warmup_facts(session)}",
         "output": str(session.output),
     }
+    if note := ends_early(tracks + held_out):
+        facts["warning"] = note
     return facts | ({"resumed": session.resumed} if session.resumed else {})
 
 
