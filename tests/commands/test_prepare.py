@@ -55,7 +55,7 @@ def spoil(folder: Path) -> None:
     add("half", np.concatenate([tone(5, 2.0), np.zeros((64_000, 1))]), "half silent")
     shutil.copy(folder / "clip0.wav", folder / "twin.wav")
     shutil.copy(folder / "clip0.txt", folder / "twin.txt")
-    (folder / "sub" / "other.WMA").write_bytes(b"words")
+    (folder / "sub" / "other.APE").write_bytes(b"words")
 
 
 def test_a_good_dataset_is_told_in_numbers(look, tmp_path):
@@ -96,7 +96,7 @@ def test_every_trouble_is_told_with_its_file_and_what_is_usable_copied(look, tmp
     assert "faint.wav" in names("quieter")
     assert "half.wav: 50%" in names("more than a third")
     assert "twin.wav: melody number 0" in names("caption of another")
-    assert "sub/other.WMA" in names("format that can't be read")
+    assert "sub/other.APE" in names("format that can't be read")
 
     assert everything(data) == before
     usable = {"clip0.wav", "sub/clip1.wav", "clipping.wav", "faint.wav", "half.wav"}
