@@ -69,9 +69,9 @@ def write_with_pyav(
     if codec not in av.codecs_available:
         pytest.skip(f"this PyAV has no encoder of {codec}")
     layout = {1: "mono", 2: "stereo"}[wav.shape[1]]
-    with av.open(
-        str(path), "w", format=form, options={"movflags": "faststart", **of_container}
-    ) as file:
+    if form == "mp4":
+        of_container["movflags"] = "faststart"
+    with av.open(str(path), "w", format=form, options=of_container) as file:
         file.metadata.update(tags or {})
         stream = file.add_stream(codec, rate=rate, layout=layout, options=options)
         stream.bit_rate = 128_000

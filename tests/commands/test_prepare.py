@@ -178,7 +178,7 @@ def test_of_damaged_files_none_crashes_it_and_none_is_passed_over(count, capsys)
     totals = fuzz.run(count=count, seed=1)
     assert sum(totals.values()) == count
     assert not {outcome for _, outcome in totals} & set(fuzz.WRONG), capsys.readouterr().out
-    assert {outcome for _, outcome in totals} > {"told", "decoded"}
+    assert {outcome for _, outcome in totals} >= {"told", "decoded"}
 
 
 def test_every_bad_table_and_every_bad_recording_is_named(look, tmp_path):
