@@ -73,12 +73,3 @@ def stable_hash(name: str) -> int:
 def as_wav(name: str) -> str:
     """Return a recording's name with the suffix .wav."""
     return f"{name[: name.rindex('.')]}.wav"
-
-
-def ends_early(tracks: list[Track]) -> str | None:
-    """Return a warning that names those whose end is missing, None if there are none."""
-    names = [track.name for track in tracks if track.ends_early]
-    if not names:
-        return None
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"less than 1 s is missing at the end of {', '.join(names[:3])}{more}: taken as it is"

@@ -3,10 +3,10 @@
 import statistics
 from collections import Counter
 
-from errors import count
+from errors import count, few
 from flags.run import Config
 from musicgen.melody import melody_conditioner
-from recordings.track import Track, ends_early
+from recordings.track import Track
 from training.report import format_seconds
 from training.session import Session
 
@@ -35,8 +35,8 @@ def facts_of(session: Session) -> dict[str, str]:
         f"{count(f'{epochs:g}', 'epoch')}; warm-up {_warmup_facts(session)}",
         "output": str(session.output),
     }
-    if note := ends_early(tracks + held_out):
-        facts["warning"] = note
+    if early := [track.name for track in tracks + held_out if track.ends_early]:
+        facts["warning"] = f"less than 1 s is missing at the end of {few(early)}: taken as it is"
     return facts | ({"resumed": session.resumed} if session.resumed else {})
 
 
