@@ -38,9 +38,10 @@ def scan(
         index=Index(folder),
     )
     if problems:
+        every = " (prepare.py check names them all)" if len(problems) > 3 else ""
         raise UserError(
             f"{folder}: {len(problems)} of {count(len(tracks) + len(problems), 'recording')} can't "
-            "be trained on; fix them or move them out of the folder:\n"
+            f"be trained on; fix them or move them out of the folder{every}:\n"
             + first_lines(by_reason(problems))
         )
     return tracks

@@ -169,7 +169,7 @@ def test_the_run_says_how_many_crops_an_epoch_has(data, mono_folder, tmp_path, c
         "1 shorter file padded"
     ) in told
     assert "held out   4 files, 0:12, 11 crops, every 1 step\n" in told
-    assert "steps      3: 3 an epoch, 1 epochs" in told
+    assert "steps      3: 3 an epoch, 1 epoch;" in told
     assert "step 3/3  loss" in told
 
 
