@@ -8,6 +8,7 @@ An AAC encoder may replace noise by its level (PNS), and the decoder then makes 
 it starts: in such bands a crop's noise differs from the whole file's, but is the same each time.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -40,6 +41,9 @@ def probe(file: str | BinaryIO) -> Facts:
             context = container.streams.audio[0].codec_context
             rate, channels, declared = context.sample_rate, context.channels, _declared(container)
             is_mp4, found = container.format.name == MP4, _end(container, declared)
+            says_length = bool(container.streams.audio[0].duration)
+        if declared - found > ROUNDED_SEC * rate and not says_length:
+            declared = _declared_of_sound(file)  # a picture may be longer, or begin before it
     except av.FFmpegError as error:
         raise ValueError(f"can't be read as audio ({_reason(error)})") from None
     missing, rounded = declared - found, ROUNDED_SEC * rate
@@ -104,6 +108,24 @@ def _declared(container: "av.container.InputContainer") -> int:
         seconds = (container.duration or 0) / av.time_base
     is_guessed = container.format.name == "aac"  # from the bit rate at its start
     return 0 if is_guessed else int(seconds * stream.codec_context.sample_rate)
+
+
+def _declared_of_sound(file: str | BinaryIO) -> int:
+    """Return the frames of the sound's packets, and of what the file lacks of its whole length."""
+    begin, last, end = None, 0.0, 0.0  # of the sound, and of any stream, in seconds
+    with _open(file) as container:
+        sound, whole_sec = container.streams.audio[0], (container.duration or 0) / av.time_base
+        with contextlib.suppress(av.InvalidDataError):
+            for packet in container.demux():
+                if packet.pts is None:
+                    continue
+                start = float(packet.pts * packet.time_base)
+                stop = start + float((packet.duration or 0) * packet.time_base)
+                end = max(end, stop)
+                if packet.stream.index == sound.index:
+                    begin, last = start if begin is None else begin, stop
+        seconds = last - (begin or 0.0) + max(0.0, whole_sec - end)
+        return int(seconds * sound.codec_context.sample_rate)
 
 
 def _end(container: "av.container.InputContainer", declared: int) -> int:
