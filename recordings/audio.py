@@ -96,8 +96,9 @@ def _decode(
     source: Source, file: str | BinaryIO, start: int, frames: int
 ) -> tuple[np.ndarray, int]:  # [frames, channels], sample rate in Hz
     with contextlib.suppress(sf.SoundFileError), _libsndfile(source, file) as sound:
-        if not (sound.format == "MP3" and start + frames > sound.frames):  # its header is wrong
-            return _read(sound, start, frames), sound.samplerate
+        wav = _read(sound, start, frames)
+        if sound.format != "MP3" or len(wav) == frames:  # else damaged, or its header is wrong
+            return wav, sound.samplerate
     return ffmpeg.read(file, start, frames)
 
 

@@ -98,6 +98,20 @@ def test_an_mp3_whose_last_frame_is_incomplete_is_cut(header, tmp_path):
         only(tmp_path)
 
 
+@pytest.mark.parametrize("seed", [0, 2])  # libsndfile raises an error, or stops without one
+def test_an_mp3_with_a_damaged_part_is_read_to_the_end(seed, tmp_path):
+    write(tmp_path / "a.mp3", tone(0, 20.0, RATE, 2))
+    content = bytearray((tmp_path / "a.mp3").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4_000] = np.random.default_rng(seed).bytes(4_000)
+    (tmp_path / "a.mp3").write_bytes(content)
+    track = only(tmp_path)
+    assert track.duration_sec > 19
+    for start in (0, track.frames // 2, track.frames - RATE):
+        frames = track.frames - start
+        assert read_crop(track.source, start, frames, RATE, 1).shape == (1, frames)
+
+
 def test_mp3s_one_behind_the_other_are_read_to_the_end(tmp_path):
     for seed in range(2):
         put_mp3(tmp_path / f"{seed}.mp3", 5.0, header=True, seed=seed)
@@ -145,6 +159,38 @@ def test_a_flac_in_ogg_is_read_though_libsndfile_refuses_it(tmp_path):
     track = only(tmp_path)
     assert track.frames == 3 * RATE
     assert_crops_are_of(decoded(tmp_path / "a.ogg"), track, atol=0)
+
+
+def put_film(path: Path, sound_from: int, sound_to: int, seconds: int) -> None:
+    """A film of `seconds` in Matroska, in which only a part has sound."""
+    with av.open(str(path), "w", format="matroska") as file:
+        picture = file.add_stream("mpeg4", rate=10, width=64, height=64, pix_fmt="yuv420p")
+        sound = file.add_stream("flac", rate=RATE, layout="mono", format="s16")
+        for tenth in range(10 * seconds):
+            frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+            frame.pts = tenth
+            file.mux(picture.encode(frame))
+            if tenth % 10 == 0 and sound_from <= tenth // 10 < sound_to:
+                wav = np.random.default_rng(tenth).integers(-9_000, 9_000, (1, RATE), np.int16)
+                block = av.AudioFrame.from_ndarray(wav, format="s16", layout="mono")
+                block.sample_rate, block.pts = RATE, tenth // 10 * RATE
+                file.mux(sound.encode(block))
+        file.mux(picture.encode(None))
+        file.mux(sound.encode(None))
+
+
+@pytest.mark.parametrize(("sound_from", "sound_to"), [(0, 8), (3, 12), (2, 9)])
+def test_the_sound_of_a_film_may_begin_later_and_end_before_the_picture(
+    sound_from, sound_to, tmp_path
+):
+    put_film(tmp_path / "a.mkv", sound_from, sound_to, 12)
+    track = only(tmp_path)
+    assert track.frames == (sound_to - sound_from) * RATE
+    assert not track.ends_early
+    content = (tmp_path / "a.mkv").read_bytes()
+    (tmp_path / "a.mkv").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"a\.mkv: truncated or damaged"):
+        only(tmp_path)
 
 
 def ogg_checksum(page: bytes) -> int:
