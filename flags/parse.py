@@ -5,6 +5,7 @@ import difflib
 import inspect
 import shlex
 import shutil
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -105,7 +106,7 @@ def build(cls: type[FlagsT], values: dict[str, Any], words: tuple[str, ...] = ()
     is_meant = len(words) == len(needed) == 1 and needed[0] not in values
     if is_meant:
         values = {**values, needed[0]: words[0]}
-        problems = [f"{words[0]}: write it as --{needed[0]}={shlex.quote(words[0])}"]
+        problems = [f"{words[0]}: write it as --{needed[0]}={_quoted(words[0])}"]
     try:
         flags = cls(**values)
     except ValidationError as error:
@@ -114,6 +115,11 @@ def build(cls: type[FlagsT], values: dict[str, Any], words: tuple[str, ...] = ()
         help_line = [] if is_meant and len(problems) == 1 else ["See --help for every flag."]
         raise UserError("\n".join(problems + help_line))
     return flags
+
+
+def _quoted(word: str) -> str:
+    """Return a word as it is typed; Windows' command line knows no single quotes."""
+    return subprocess.list2cmdline([word]) if sys.platform == "win32" else shlex.quote(word)
 
 
 def parse(cls: type[FlagsT]) -> FlagsT:

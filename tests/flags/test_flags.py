@@ -186,6 +186,14 @@ def test_a_word_is_told_the_flag_that_it_is_meant_for_in_one_line(word, cls, fla
     assert str(error.value) == f"{word}: write it as {flag}"
 
 
+def test_a_word_is_quoted_as_windows_reads_it(read, monkeypatch):
+    monkeypatch.setattr("sys.platform", "win32")
+    for word, typed in {r"C:\music": r"C:\music", r"C:\my music": r'"C:\my music"'}.items():
+        with pytest.raises(UserError) as error:
+            read(word, cls=Config)
+        assert f"write it as --dataset_path={typed}\n" in str(error.value)
+
+
 def test_a_missing_path_is_told_without_the_flags_help(read):
     with pytest.raises(UserError) as error:
         read("--dataset_path=nowhere", "--valid_path=song.wav")
