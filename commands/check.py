@@ -81,7 +81,7 @@ def check(config: CheckConfig) -> bool:
         print(f"\n{len(problems)} can't be trained on:\n{first_lines(lines, limit=len(lines))}")
     copies = [f"{copy.name}: as {copy.original}" for copy in duplicates]
     _print_list("silent from start to end", silent, limit=len(silent))
-    _print_list("the same recording as another", copies, limit=len(copies))
+    _print_list("identical to another", copies, limit=len(copies))
     for what, names in _warnings(config, tracks, sounds, unit, lengths).items():
         _print_list(what, names, limit=20)
     if tracks:
@@ -121,7 +121,7 @@ def _warnings(
         "in a format that can't be read; convert it, perhaps to flac": _not_read(
             Path(config.dataset_path)
         ),
-        "with less than 1 s missing at the end, taken as it is": [
+        "with less than 1 s missing at the end, used as is": [
             track.name for track in tracks if track.ends_early
         ],
         "clipping (distorted at full scale) for more than a tenth of its length": [
@@ -165,7 +165,7 @@ def _listen_to_all(tracks: list[Track]) -> Iterator[Sound | str]:
     """Yield what each recording sounds like, or why it can't be read. Raises: UserError."""
     with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         results = pool.map(_listen_or_say, tracks)
-        for track in tqdm(tracks, unit="file", desc="listening"):
+        for track in tqdm(tracks, unit="file", desc="listening", disable=not tracks):
             try:
                 yield next(results)
             except BrokenProcessPool:

@@ -64,7 +64,7 @@ def read_crop(
     except OSError as error:
         raise ValueError(f"can't be read ({error.strerror})") from None
     if len(wav) < frames:
-        raise ValueError(f"ends after {start + len(wav)} frames: it has changed since the start")
+        raise ValueError(f"ends after {start + len(wav)} frames: damaged, or it has changed since")
     if not np.isfinite(wav).all():
         raise ValueError("holds samples that are not finite (NaN or infinity)")
     if channels == 1:

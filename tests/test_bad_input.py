@@ -224,7 +224,7 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], list[str]]] = {
     "size of 0": (put(sized(wav(), b"data", 0)), ["bad.wav: its header says", "no audio"]),
     "truncated": (put(wav()[:20_000]), ["bad.wav: truncated", "1.00 s of audio"]),
     "2 % short": (put(wav()[:-1_280]), ["bad.wav: truncated"]),
-    "too short": (put(wav(tone(0, 0.1))), ["bad.wav: too short: 0.10 s", "at least 0.5 s"]),
+    "too short": (put(wav(tone(0, 0.1))), ["bad.wav: too short: less than 0.5 s"]),
     "absurd rate": (put(wav(rate=1_000_000)), ["bad.wav: damaged: its header says 1000000 Hz"]),
     "NaN": (put(wav(holding(np.nan), "FLOAT")), ["bad.wav: holds samples that are not finite"]),
     "infinite": (put(wav(holding(-np.inf), "FLOAT")), ["bad.wav: holds samples that are not"]),
@@ -379,7 +379,8 @@ def test_what_is_wrong_is_told_before_torch_is_imported(name, world):
 
 def test_of_many_bad_files_twenty_are_named_and_all_counted(world, cli):
     for number in range(25):
-        sf.write(world.data / f"cut{number:02d}.wav", np.zeros(3_200 + 320 * number), 32_000)
+        whole = wav(tone(number, 2 + number / 10))
+        (world.data / f"cut{number:02d}.wav").write_bytes(whole[: len(whole) // 2])
         (world.data / f"cut{number:02d}.txt").write_text("a caption")
     result = cli(run, dataset_path=world.data, output_dir=world.output)
     assert_told(result, ["25 of 27 recordings", "cut00.wav", "cut19.wav", "... and 5 more"])

@@ -36,7 +36,7 @@ def facts_of(session: Session) -> dict[str, str]:
         "output": str(session.output),
     }
     if early := [track.name for track in tracks + held_out if track.ends_early]:
-        facts["warning"] = f"less than 1 s is missing at the end of {few(early)}: taken as it is"
+        facts["warning"] = f"less than 1 s is missing at the end of {few(early)}: used as is"
     return facts | ({"resumed": session.resumed} if session.resumed else {})
 
 

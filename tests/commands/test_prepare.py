@@ -91,7 +91,7 @@ def test_every_trouble_is_told_with_its_file_and_what_is_usable_copied(look, tmp
     assert all(name in names("can't be trained on") for name in ("broken", "cut", "uncaptioned"))
     assert "truncated" in names("can't be trained on")
     assert "silent.wav" in names("silent from start to end")
-    assert "twin.wav: as clip0.wav" in names("same recording")
+    assert "twin.wav: as clip0.wav" in names("identical to another")
     assert "clipping.wav" in names("clipping (")
     assert "faint.wav" in names("quieter")
     assert "half.wav: 50%" in names("more than a third")

@@ -241,7 +241,7 @@ def test_missing_ends_are_told_once(mono_folder, tmp_path, fit, cli, capsys):
     for number in range(5):
         put_vorbis(tmp_path / "music" / f"{number}.ogg", 6.0, 0.05 if number else 0.0)
     fit(mono_folder, tmp_path / "music", max_steps=1, caption="a tune")
-    told = "less than 1 s is missing at the end of 1.ogg, 2.ogg, 3.ogg and 1 more: taken as it is"
+    told = "less than 1 s is missing at the end of 1.ogg, 2.ogg, 3.ogg and 1 more: used as is"
     assert capsys.readouterr().out.count(told) == 1
     result = cli(
         prepare, "check", str(tmp_path / "music"), caption="a tune", picture=tmp_path / "a.png"
