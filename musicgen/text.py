@@ -3,7 +3,8 @@
 Letters: B batch, L text tokens.
 """
 
-import functools
+from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from audiocraft.models.lm import LMModel
@@ -14,6 +15,8 @@ from musicgen import placeholder
 from musicgen.device import to_device
 from recordings import captions, wording
 
+CACHE_BYTES = 10**9  # 10,000 captions of 32 tokens, at the width of t5-base
+
 
 def text_conditioner(lm: LMModel) -> T5Conditioner:
     """Return the text conditioner of a model that `load_model` has accepted; it has one."""
@@ -22,7 +25,7 @@ def text_conditioner(lm: LMModel) -> T5Conditioner:
 
 
 class TextEncoder:
-    """Encodes captions with T5 in float32, each distinct one once.
+    """Encodes captions with T5 in float32, each distinct one once as long as it is kept.
 
     Each caption is encoded by itself, so that its embedding doesn't depend on its batch. The
     empty caption is the null condition of classifier-free guidance: zeros, fully masked. (In half
@@ -32,12 +35,10 @@ class TextEncoder:
     gradients if those are enabled.
     """
 
-    def __init__(
-        self, lm: LMModel, max_cached: int = 10_000, new_word: placeholder.NewWord | None = None
-    ) -> None:
+    def __init__(self, lm: LMModel, new_word: placeholder.NewWord | None = None) -> None:
         self.conditioner = text_conditioner(lm)
         self.new_word = new_word
-        self._cached = functools.lru_cache(max_cached)(torch.no_grad()(self._encode))
+        self._cached = _Cached(torch.no_grad()(self._encode), CACHE_BYTES)
 
     def _hidden(self, caption: str) -> torch.Tensor:
         if self.new_word and wording.has(self.new_word.word, caption):
@@ -68,3 +69,21 @@ class TextEncoder:
             # DDP waits for its gradient, so give it one of zero if no caption has the word.
             text = text + 0 * self.new_word.vector.sum()
         return text, to_device(mask, device)
+
+
+class _Cached:
+    """Keeps the results of `encode`, up to `limit` bytes; drops what was not used for longest."""
+
+    def __init__(self, encode: Callable[[str], torch.Tensor], limit: int) -> None:
+        self.encode, self.limit, self.nbytes = encode, limit, 0
+        self.kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    def __call__(self, caption: str) -> torch.Tensor:
+        if caption in self.kept:
+            self.kept.move_to_end(caption)
+            return self.kept[caption]
+        hidden = self.kept[caption] = self.encode(caption)
+        self.nbytes += hidden.nbytes
+        while self.nbytes > self.limit:
+            self.nbytes -= self.kept.popitem(last=False)[1].nbytes
+        return hidden
