@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from errors import UserError
 from flags.run import Config
@@ -59,12 +60,15 @@ def save_resume(session: Session, *, is_finished: bool = False) -> None:
 
 
 def load_resume(folder: Path) -> dict[str, Any]:
-    """Read a run's resume state. Raises: UserError if it can't be read."""
+    """Map a run's resume state into memory: what is not used is not read, and nothing held twice.
+
+    Raises: UserError if it can't be read.
+    """
     path = folder / RESUME
     try:
         if any("torchao" in name for name in get_unsafe_globals_in_checkpoint(path)):
             import torchao.optim  # noqa: F401  (lets torch load its moments)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except ImportError as error:
         raise UserError(
             f"{path} needs torchao, which can't be imported ({error}): pip install torchao"
@@ -83,6 +87,7 @@ def restore(session: Session, state: dict[str, Any]) -> None:
         for name, parameter in session.trained.items():
             parameter.copy_(state["weights"][name])
     session.optimizer.load_state_dict(state["optimizer"])
+    _release(session.optimizer)
     if session.ema:
         session.ema.load_state_dict(state["ema"])
     if session.accelerator.scaler and state["scaler"]:
@@ -95,6 +100,19 @@ def restore(session: Session, state: dict[str, Any]) -> None:
     session.warmup = state.get("warmup", warmup_steps(old, began_as.total_steps))
     session.wandb_id = state["wandb_id"]
     session.resumed = _describe(session, state)
+
+
+def _release(optimizer: torch.optim.Optimizer) -> None:
+    """Copy what is on the CPU, where it is still in the file, so that the file can go."""
+    for values in (*optimizer.param_groups, *optimizer.state.values()):
+        for name, value in values.items():
+            if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
+                continue
+            if is_traceable_wrapper_subclass(value):  # torchao's moments can't be cloned as such
+                for part in value.__tensor_flatten__()[0]:
+                    setattr(value, part, getattr(value, part).clone())
+            else:
+                values[name] = value.clone()
 
 
 def _check_same_run(session: Session, state: dict[str, Any]) -> None:
