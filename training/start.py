@@ -21,6 +21,7 @@ from training.optimizer import make_optimizer, moments_bytes, warmup_steps
 from training.plan import make_plan
 from training.report import Report, start_wandb
 from training.resume import load_resume, restore
+from training.room import check_room
 from training.session import Session
 from training.tracks import Tracks, first_checks
 from training.tuning import tuning_of
@@ -30,7 +31,7 @@ def start(config: Config, scanned: Tracks | None = None) -> Session:
     """Load and check everything that a run needs, quick checks first.
 
     `scanned` is what `first_checks` returned; without it they are made here.
-    Deletes nothing, and prints nothing but the progress of encoding.
+    Deletes nothing, and prints nothing but the progress of encoding, and that memory is short.
     Raises: UserError for what the user can fix.
     """
     folder = Path(config.output_dir)
@@ -39,6 +40,7 @@ def start(config: Config, scanned: Tracks | None = None) -> Session:
 
     tuning = tuning_of(config)
     accelerator, precision, why = start_accelerator(config)
+    check_room(config, tracks, precision, accelerator)
     layers_dtype = tuning.layers_dtype(DTYPES[precision])
     model = load.load_model(config.model_id, accelerator.device, layers_dtype=layers_dtype)
     codec.move(model, "decoder", "cpu")  # only samples need it, see write_samples
