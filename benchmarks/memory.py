@@ -79,16 +79,20 @@ def peak_of_two_steps(config: Config) -> int:
 
 
 class Trainer:
-    """A language model of small's true size and random weights, on random codes of 30 s."""
+    """A language model of true size and random weights, on random codes of `frames` frames."""
 
-    def __init__(self, config: Config) -> None:
-        model = configs("small")
+    def __init__(
+        self,
+        config: Config,
+        frames: int = FRAMES,
+        device: torch.device = memory.CPU,
+        dtype: torch.dtype = DTYPE,
+    ) -> None:
+        model = configs(config.model_id)
         self.config, self.width = config, model[2].d_model
-        self.lm = memory.language_model(config, model, model[0].transformer_lm.num_layers, DTYPE)
-        self.lm.to_empty(device="cpu")
-        with torch.no_grad():
-            for parameter in self.lm.parameters():
-                parameter.normal_(std=0.02)
+        self.frames, self.device, self.dtype = frames, device, dtype
+        self.lm = memory.language_model(config, model, model[0].transformer_lm.num_layers, dtype)
+        fill_at_random(self.lm, device)
         self.trained = {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(config, self.trained)
 
@@ -96,15 +100,24 @@ class Trainer:
         """Take a step as train.py does after EnCodec and T5."""
         B = self.config.batch_size
         for _ in range(self.config.grad_acc):
-            codes = torch.randint(self.lm.card, (B, self.lm.num_codebooks, FRAMES))
-            text = torch.randn(B, memory.CAPTION_TOKENS, self.width)
-            lengths, mask = torch.full((B,), FRAMES), torch.ones(text.shape[:2])
-            with torch.autocast("cpu", DTYPE):
+            with self.device:
+                codes = torch.randint(self.lm.card, (B, self.lm.num_codebooks, self.frames))
+                text = torch.randn(B, memory.CAPTION_TOKENS, self.width)
+                lengths, mask = torch.full((B,), self.frames), torch.ones(text.shape[:2])
+            with torch.autocast(self.device.type, self.dtype):
                 loss = TokenLoss(self.lm)(codes, lengths, text, mask).mean()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def fill_at_random(lm: torch.nn.Module, device: torch.device) -> None:
+    """Move a model from the meta device to a real one, with random weights."""
+    lm.to_empty(device=device)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.normal_(std=0.02)
 
 
 def warm_up(config: Config) -> None:
