@@ -4,12 +4,19 @@ import contextlib
 import json
 import os
 import re
+import socket
+import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from filelock import FileLock, Timeout
+
 from errors import UserError
+
+LOCK = ".lock"  # in a folder that is being written to
 
 
 def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
@@ -18,8 +25,7 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     Several processes may write the same file.
     Raises: UserError if the disk is full; an earlier file of that name is kept.
     """
-    end = path.name.encode()[-200:].decode(errors="ignore")  # the whole name could be too long
-    temporary = path.with_name(f".{end}.{os.getpid()}.tmp")
+    temporary = _hidden(path, f".{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             fill(file)
@@ -33,6 +39,12 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _hidden(path: Path, end: str) -> Path:
+    """Return the path of a hidden file beside another one, named after it."""
+    name = path.name.encode()[-200:].decode(errors="ignore")  # the whole name could be too long
+    return path.with_name(f".{name}{end}")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -60,6 +72,41 @@ def check_writable(folder: Path, flag: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{flag}={folder}: can't be written to ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def locked(output: Path, flag: str) -> Iterator[None]:
+    """Keep other processes from writing to `output`, the value of `flag`, inside the block.
+
+    `output` is a folder that exists, or a file, which need not exist yet. The lock ends with its
+    process, even if that is killed. Where the file system has no locks, there is only a warning.
+    Raises: UserError that names the process that has the lock.
+    """
+    path = output / LOCK if output.is_dir() else _hidden(output, LOCK)
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        holder = ""
+        with contextlib.suppress(OSError):  # Windows doesn't let a locked file be read
+            holder = path.read_text(errors="replace")
+        raise UserError(
+            f"{flag}={output}: another run is writing there ({holder or 'just started'}): wait "
+            "until it has ended, or give another place"
+        ) from None
+    except OSError as error:
+        print(f"warning: {path}: no lock ({error}); start no other run there", file=sys.stderr)
+    else:
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError):  # a full disk is told by what matters
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}, started {started}")
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):  # Windows doesn't let an open file be removed
+                path.unlink()  # while it is locked: one who waits for this file sees it is gone
+            lock.release()
 
 
 def check_outside(path: Path, folder: str, flag: str) -> None:

@@ -2,7 +2,9 @@
 
 import difflib
 import sys
+from pathlib import Path
 
+import files
 from commands import encode_files
 from errors import UserError, plain_errors
 from flags.parse import parse
@@ -54,10 +56,14 @@ def _clean() -> bool:
 
 def _encode() -> bool:
     config = parse(EncodeConfig)
-    encoded = encode_files.check(config)
-    from commands.encode import encode  # imports torch: only once all of this is good
+    out = Path(config.output_dir)
+    files.check_outside(out, config.dataset_path, "--output_dir")
+    files.check_writable(out, "--output_dir")
+    with files.locked(out, "--output_dir"):
+        encoded = encode_files.check(config)
+        from commands.encode import encode  # imports torch: only once all of this is good
 
-    return encode(config, encoded)
+        return encode(config, encoded)
 
 
 def _shard() -> bool:

@@ -55,9 +55,19 @@ def check(config: CheckConfig) -> bool:
 
     Raises: UserError if there is nothing to check, or --fix or --picture can't be written.
     """
-    target = _fix_target(config)
-    _check_picture(Path(config.picture))
+    if not config.fix:
+        return _check(config, None)
+    target = Path(config.fix)
+    files.check_outside(target, config.dataset_path, "--fix")
+    files.check_writable(target, "--fix")
+    with files.locked(target, "--fix"):
+        if set(target.iterdir()) - {target / files.LOCK}:
+            raise UserError(f"--fix={target}: holds files already; name a new folder")
+        return _check(config, target)
 
+
+def _check(config: CheckConfig, target: Path | None) -> bool:
+    _check_picture(Path(config.picture))
     found, problems = scan.find(config.dataset_path, **config.captions)
     encoded = [track for track in found if track.codec]
     tracks, sounds = [], dict[str, Sound]()
@@ -95,18 +105,6 @@ def check(config: CheckConfig) -> bool:
     would_start = bool(tracks) and not problems
     print("\n" + _verdict(would_start, is_fixed=target is not None))
     return would_start
-
-
-def _fix_target(config: CheckConfig) -> Path | None:
-    """Return the folder of --fix. Raises: UserError if it is not a new one."""
-    if not config.fix:
-        return None
-    target = Path(config.fix)
-    files.check_outside(target, config.dataset_path, "--fix")
-    files.check_writable(target, "--fix")
-    if any(target.iterdir()):
-        raise UserError(f"--fix={target}: holds files already; name a new folder")
-    return target
 
 
 def _warnings(

@@ -43,6 +43,13 @@ def clean(config: CleanConfig) -> bool:
     Raises: UserError if there are none, or the new folder can't be written.
     """
     out = Path(config.output_dir)
+    files.check_outside(out, config.dataset_path, "--output_dir")
+    files.check_writable(out, "--output_dir")
+    with files.locked(out, "--output_dir"):
+        return _clean_all(config, out)
+
+
+def _clean_all(config: CleanConfig, out: Path) -> bool:
     record = _start(config, out)
     done = record["done"]  # name -> facts
     tracks, problems = scan.find(config.dataset_path, **config.captions)
@@ -104,7 +111,6 @@ def clean(config: CleanConfig) -> bool:
 
 def _start(config: CleanConfig, out: Path) -> dict[str, Any]:
     """Return the record of a new folder, or of one that the same command was stopped in."""
-    files.check_outside(out, config.dataset_path, "--output_dir")
     root = str(Path(config.dataset_path).resolve())
     free = {"dataset_path", "output_dir", "device"}
     if config.caption is None:  # earlier versions had no such flag; their folders go on

@@ -25,7 +25,7 @@ from training.report import format_seconds
 
 
 def encode(config: EncodeConfig, encoded: Encoded) -> bool:
-    """Encode what is not encoded yet; return True.
+    """Encode what is not encoded yet, into a folder that is there and locked; return True.
 
     `encoded` is from commands/encode_files.py.
     Raises: UserError that names what can't be used, or a file in the way.
@@ -41,7 +41,6 @@ def encode(config: EncodeConfig, encoded: Encoded) -> bool:
                 f"{path}: holds tokens of {there.facts.model_id}, whose EnCodec differs from that "
                 f"of --model_id={config.model_id}: name a new folder"
             )
-    files.check_writable(out, "--output_dir")
     for path in files.temporaries(out, r".+\.(safetensors|txt|json)", within=True):
         path.unlink()
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import files
 from errors import UserError
 from flags.prepare import EncodeConfig
 from recordings import captions, scan, token_file
@@ -19,9 +18,11 @@ class Encoded(NamedTuple):
 
 
 def check(config: EncodeConfig) -> Encoded:
-    """Return what to encode. Raises: UserError that names what can't be used, or is in the way."""
+    """Return what to encode into a folder that is there and locked.
+
+    Raises: UserError that names what can't be used, or is in the way.
+    """
     out = Path(config.output_dir)
-    files.check_outside(out, config.dataset_path, "--output_dir")
     tracks = scan.scan(config.dataset_path, **config.captions)
     made = {path: track for track in tracks for path in [_path(out, track)]}
     _check_names(tracks, out)

@@ -15,9 +15,10 @@ def export(config: ExportConfig) -> Path:
     model_id = config.model_id or adapters[0].config.base_model_name_or_path or "small"
 
     files.check_writable(path.parent, "--output")
-    state = read_lm_state(model_id)
-    for adapter, scale in zip(adapters, config.scales, strict=True):
-        lora.merge(state, adapter, scale)
-    save_tensors(path, portable(state, config.save_dtype))
+    with files.locked(path, "--output"):
+        state = read_lm_state(model_id)
+        for adapter, scale in zip(adapters, config.scales, strict=True):
+            lora.merge(state, adapter, scale)
+        save_tensors(path, portable(state, config.save_dtype))
     print(path)
     return path

@@ -27,6 +27,8 @@ from recordings.track import Track
 RECORD = ".shards.json"  # in the new folder: a hash of the shards' content, and their name
 MB = 10**6
 
+Part = dict[str, tuple[Track, dict[str, bytes]]]  # one shard's content: key -> recording, captions
+
 
 def shard(config: ShardConfig) -> bool:
     """Write the shards that are not there yet; return True.
@@ -37,17 +39,21 @@ def shard(config: ShardConfig) -> bool:
     files.check_outside(out, config.dataset_path, "--output_dir")
     tracks = scan.scan(config.dataset_path, **config.captions)
     plan = _plan(tracks, config.shard_mb * MB)
+    files.check_writable(out, "--output_dir")
+    with files.locked(out, "--output_dir"):
+        _write_all(config, out, plan)
+    return True
+
+
+def _write_all(config: ShardConfig, out: Path, plan: list[Part]) -> None:
     name = _start(out, plan)
     made = {out / f"{name}-{i:06d}.tar": part for i, part in enumerate(plan)}
     new = {path: part for path, part in made.items() if not _is_whole(path, part)}
     for path, part in tqdm(new.items(), unit="shard", desc="writing"):
         files.write(path, partial(_write, part=part))
-    print(f"recordings {len(tracks)}, in {count(len(plan), 'shard')} of up to {config.shard_mb} MB")
+    recordings = sum(map(len, plan))
+    print(f"recordings {recordings}, in {count(len(plan), 'shard')} of up to {config.shard_mb} MB")
     print(f"shards     {len(new)} written now, {len(plan) - len(new)} were there, in {out}")
-    return True
-
-
-Part = dict[str, tuple[Track, dict[str, bytes]]]  # one shard's content: key -> recording, captions
 
 
 def _plan(tracks: list[Track], size: int) -> list[Part]:
