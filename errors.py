@@ -21,6 +21,10 @@ class Problem(NamedTuple):
     reason: str
 
 
+class Finished(Exception):
+    """Nothing is left to do; its line says why. With --resume=auto that is no error."""
+
+
 @contextlib.contextmanager
 def plain_errors(advice_out_of_memory: str) -> Iterator[None]:
     """End the process with a plain message instead of a traceback if the user can fix the error."""
@@ -30,6 +34,8 @@ def plain_errors(advice_out_of_memory: str) -> Iterator[None]:
         yield
     except UserError as error:
         _exit(str(error))
+    except Finished as finished:
+        print(printable(str(finished)))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # as in `python run.py --help | head`

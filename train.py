@@ -9,6 +9,7 @@ import signal
 import statistics
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,16 +21,18 @@ from errors import UserError, first_lines, show_any_text
 from flags.run import Config
 from musicgen.device import to_device
 from musicgen.loss import token_counts
+from musicgen.weights import save_tensors
 from training import output
+from training.checkpoint import save_checkpoint, save_last
 from training.evaluate import eval_mode, validate, write_samples
 from training.optimizer import learning_rate, set_learning_rate
 from training.plan import train_batches
 from training.report import train_line, valid_line
-from training.resume import save_resume
+from training.resume import resume_state
 from training.session import Session
 from training.start import announce, start
 from training.stop import StopSignals, handled_by, say
-from training.tracks import Tracks
+from training.tracks import Tracks, scan_dataset
 
 
 class NonFinite(UserError):
@@ -42,10 +45,15 @@ def train(config: Config, scanned: Tracks | None = None) -> None:
     `scanned` is what `first_checks` returned, if they were made already.
     Ctrl-C, SIGTERM and any exception leave a resume state of the last whole step; after a
     non-finite loss, an existing one is kept.
-    Raises: UserError for what the user can fix.
+    Raises: UserError for what the user can fix; Finished if --resume=auto finds nothing to do.
     """
     show_any_text()
-    run = start(config, scanned)
+    scanned = scanned or scan_dataset(config)
+    with output.locked(Path(config.output_dir)):
+        _train(start(config, scanned))
+
+
+def _train(run: Session) -> None:
     if run.accelerator.is_main_process:
         announce(run)
     first_step, failed = run.step, True
@@ -58,6 +66,7 @@ def train(config: Config, scanned: Tracks | None = None) -> None:
             failed = False
         except BaseException as error:
             stop.is_saving = True
+            run.writer.wait()
             if run.report and run.step > first_step:
                 _save_after_error(run, error)
             if isinstance(error, KeyboardInterrupt) or stop.requested:
@@ -79,11 +88,12 @@ def _save_after_error(run: Session, error: BaseException) -> None:
     path = run.output / output.RESUME
     if not run.is_whole:
         say(run.accelerator, f"stopped while the weights were changing: {path} is left as it was")
-    elif isinstance(error, NonFinite) and path.exists():
-        say(run.accelerator, f"{path} is left as it was")  # a newer state may already be bad
+    elif path.exists() and (isinstance(error, NonFinite) or run.writer.has_failed):
+        # A newer state may already be bad, or would pass over the checkpoint that wasn't written.
+        say(run.accelerator, f"{path} is left as it was")
     else:
         say(run.accelerator, f"stopped after step {run.step} of {run.total}; saving {path}")
-        save_resume(run)
+        save_tensors(path, resume_state(run))
         say(run.accelerator, "saved: continue with the same flags and --resume=1 (not --overwrite)")
 
 
@@ -92,6 +102,7 @@ def _loop(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> None:
     seconds: list[float] = []  # of each step
     run.model.lm.train()
     while True:
+        run.writer.check()
         _do_what_is_due(run, stop)
         if run.step == run.total:
             break
@@ -186,8 +197,7 @@ def _do_what_is_due(run: Session, stop: StopSignals) -> None:
 
     validates = bool(run.held_out.tracks) and is_due(run.valid_step)
     samples = run.report and is_due(config.sample_step)
-    saves = run.report and config.save_step and step and step % config.save_step == 0
-    if validates or samples or saves or last:
+    if validates or samples:
         with run.averaged(), eval_mode(run.model.lm):
             if validates:
                 row = {"step": step, **validate(run, stop.check)}
@@ -196,15 +206,10 @@ def _do_what_is_due(run: Session, stop: StopSignals) -> None:
             if run.report and samples:
                 for path, prompt in write_samples(run, stop.check):
                     run.report.log_sample(step, path, prompt)
-            if saves:
-                run.tuning.save(run.model.lm, output.checkpoint_path(run.final, step))
-                output.prune(run.output, config.keep_checkpoints)
-            if run.report and last:
-                run.tuning.save_final(run.model.lm, run.output)
-    if saves or (run.report and last and config.save_step):
-        save_resume(run, is_finished=last)
-    elif run.report and last:  # left by an earlier, interrupted part of this run
-        (run.output / output.RESUME).unlink(missing_ok=True)
+    if run.report and last:
+        save_last(run)
+    elif run.report and config.save_step and step and step % config.save_step == 0:
+        save_checkpoint(run)
 
 
 def _check_finite(

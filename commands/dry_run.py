@@ -13,6 +13,7 @@ from recordings.track import Track
 from training.data import check_melody, crop_frames
 from training.memory import estimate
 from training.plan import make_plan
+from training.resume import copy_bytes
 from training.room import gb, thriftier
 
 
@@ -54,6 +55,11 @@ def dry_run(config: Config, tracks: list[Track]) -> str:
         f"memory     {memory}",
         f"           at the peak {gb(need.peak)} ({when}), plus what CUDA itself takes",
     ]
+    if config.save_step:
+        copy = copy_bytes(config, need.trained, need.gradients)
+        rows.append(
+            f"           computer's memory: {gb(copy)} for a copy of what --save_step writes"
+        )
     if torch.cuda.is_available():
         rows.append(f"           this GPU has {gb(torch.cuda.mem_get_info()[1])}")
     rows.append(

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 import fire
 from fire.decorators import SetParseFn
@@ -44,7 +44,7 @@ class Flags(BaseModel):
         annotation = cls.model_fields[str(info.field_name)].annotation
         if value in (None, "None"):
             return None
-        if annotation is bool:
+        if bool in (annotation, *get_args(annotation)):
             return value
         if value is True or value in ("True", ""):
             raise ValueError("needs a value")

@@ -5,7 +5,16 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field
 
 from flags.captions import CaptionFlags
-from flags.types import AnyPath, Dataset, Device, Prompts, SaveDtype, Words, one_word
+from flags.types import (
+    AnyPath,
+    Dataset,
+    Device,
+    Prompts,
+    SaveDtype,
+    SwitchOrAuto,
+    Words,
+    one_word,
+)
 
 
 class Config(CaptionFlags):
@@ -263,7 +272,11 @@ class Config(CaptionFlags):
     save_dtype: SaveDtype = Field(
         "fp32", description="number format of lm_*.pt; 16-bit formats halve the file"
     )
-    resume: bool = Field(False, description="continue the stopped run in output_dir")
+    resume: SwitchOrAuto = Field(
+        False,
+        description="1 = continue the stopped run in output_dir; auto = start it if it isn't "
+        "there, and end at once if it is finished; 0 = off",
+    )
     overwrite: bool = Field(False, description="replace an earlier run's files in output_dir")
     use_wandb: bool = Field(False, description="log to Weights & Biases; 0 = off")
     wandb_project: str = Field("musicgen-trainer", min_length=1, description="wandb project")

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 
 def _existing_folder(value: str) -> str:
@@ -68,6 +68,15 @@ def _prompts(value: Any) -> Any:
     return _one_or_list(value)
 
 
+def _switch_or_auto(value: Any) -> bool | str:
+    if value == "auto":
+        return "auto"
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        raise ValueError("is not 0, 1 or auto") from None
+
+
 def _some_words(value: str) -> str:
     words = " ".join(value.split())
     if not words:
@@ -94,6 +103,7 @@ Scales = Annotated[
         description="how strongly: 0 = not at all, 1 = as trained; or [0.7, 0.3], one per adapter",
     ),
 ]
+SwitchOrAuto = Annotated[bool | Literal["auto"], BeforeValidator(_switch_or_auto)]
 SaveDtype = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 CaptionFrom = Literal["auto", "tags"]

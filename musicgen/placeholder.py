@@ -86,7 +86,7 @@ def add(conditioner: Any, word: str, vector: torch.Tensor, flag: str) -> NewWord
     return new
 
 
-def save(path: Path, new: NewWord, dtype: str, model_id: str) -> None:
+def save(path: Path, new: NewWord | Embedding, dtype: str, model_id: str) -> None:
     state = portable({new.word: new.vector}, dtype)
     # One metadata entry: several are written in random order, so the file would vary.
     files.write_bytes(path, to_bytes(state, {"model_id": model_id}))

@@ -3,6 +3,7 @@
 Letters: B batch (variations), C channels, K codebooks, T token frames.
 """
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,6 @@ def write_wav(path: Path, wav: torch.Tensor, sample_rate: int) -> None:
     if peak > PEAK:
         wav = wav * (PEAK / peak)
     path.parent.mkdir(parents=True, exist_ok=True)
-    audio = wav.T.numpy()
-    files.write(
-        path, lambda file: sf.write(file, audio, sample_rate, subtype="PCM_16", format="WAV")
-    )
+    content = io.BytesIO()  # on a full disk, libsndfile would print tracebacks
+    sf.write(content, wav.T.numpy(), sample_rate, subtype="PCM_16", format="WAV")
+    files.write_bytes(path, content.getvalue())

@@ -8,7 +8,9 @@ from flags.run import Config
 from musicgen.melody import melody_conditioner
 from recordings.track import Track
 from training.report import format_seconds
+from training.resume import copy_bytes
 from training.session import Session
+from training.writer import free_memory, has_room
 
 
 def facts_of(session: Session) -> dict[str, str]:
@@ -37,7 +39,22 @@ def facts_of(session: Session) -> dict[str, str]:
     }
     if early := [track.name for track in tracks + held_out if track.ends_early]:
         facts["warning"] = f"less than 1 s is missing at the end of {few(early)}: used as is"
+    if saving := _saving_facts(session):
+        facts["saving"] = saving
     return facts | ({"resumed": session.resumed} if session.resumed else {})
+
+
+def _saving_facts(session: Session) -> str | None:
+    config = session.config
+    if config.save_step:
+        needed, free = copy_bytes(config, *session.trained_size), free_memory()
+        size = f"{needed / 1e9:.1f} GB of the computer's memory"
+        if has_room(needed):
+            return f"while training goes on, from a copy that takes {size}"
+        return f"training waits meanwhile: a copy would take {size}, {free / 1e9:.1f} GB are free"
+    if config.resume == "auto":
+        return "only at the end, or when stopped: a kill loses all steps (see --save_step)"
+    return None
 
 
 def _crop_facts(session: Session) -> str:

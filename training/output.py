@@ -1,11 +1,14 @@
 """The files that a run writes to its folder."""
 
+import os
 import re
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Literal
 
 import files
-from errors import UserError
+from errors import Finished, UserError
 
 FINAL = "lm_final.pt"
 LORA = "lora_final"
@@ -41,29 +44,48 @@ def prune(folder: Path, keep: int) -> None:
             path.unlink()
 
 
-def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise UserError if an earlier run's weights are in the way, or none are there to resume.
+def locked(folder: Path) -> AbstractContextManager[None]:
+    """Keep other runs out of the output folder inside a block; a run's first process locks it.
 
-    Removes nothing.
+    Raises: UserError that names the run that is there.
     """
     files.check_writable(folder, "--output_dir")
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    return files.locked(folder, "--output_dir") if is_first else nullcontext()
+
+
+def check_output(folder: Path, *, resume: bool | Literal["auto"], overwrite: bool) -> bool:
+    """Return whether the run in the folder is to be resumed. Removes nothing.
+
+    Raises: UserError if an earlier run's weights are in the way, or none are there to resume;
+    Finished with "auto", if a run that keeps no resume state has finished.
+    """
     if (folder / LORA).is_file():
         raise UserError(
             f"{folder / LORA}: is a file; move it away, a folder of that name is needed"
         )
     made = weights(folder)
-    if made and not resume and not overwrite:
-        go_on = ", --resume=1 to continue it" if (folder / RESUME) in made else ""
+    has_state = (folder / RESUME) in made
+    final = [path for path in (folder / FINAL, folder / EMBEDDING) if path in made]
+    if resume == "auto" and final and not has_state:
+        raise Finished(
+            f"the run in {folder} is finished already ({final[0].name}): to train anew, give "
+            "another --output_dir, or --overwrite=1 instead of --resume"
+        )
+    resumes = has_state if resume == "auto" else resume
+    if made and not resumes and not overwrite:
+        go_on = ", --resume=1 to continue it" if has_state else ""
         names = ", ".join(path.relative_to(folder).as_posix() for path in made[:5])
         raise UserError(
             f"--output_dir={folder} holds an earlier run ({names}): give another --output_dir"
             f"{go_on}, or --overwrite=1 to replace it"
         )
-    if resume and not (folder / RESUME).exists():
+    if resumes and not has_state:
         remedy = "; leave out --resume to start a run"
-        if any((folder / name).exists() for name in (FINAL, EMBEDDING)):
+        if final:
             remedy = ", as the run there has finished; give another --output_dir, or --overwrite=1"
         raise UserError(f"--resume=1: there is no {folder / RESUME} to resume from{remedy}")
+    return resumes
 
 
 def weights(folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Report a run to a person: lines on the screen, metrics.jsonl, training.png, wandb."""
 
+import contextlib
 import json
 import sys
 import time
@@ -33,22 +34,30 @@ class Report:
         self.rows: list[dict[str, Any]] = []
         if last_step is not None:
             self.rows = [row for row in read_rows(self.path) if _is_before(row, last_step)]
-        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        files.write(self.path, lambda file: file.write(lines.encode()))
+        self._write_rows()
+        self._lacks_rows = False
         self._file = self.path.open("a", encoding="utf-8")
         self._next_draw = 0.0
         self._wandb = wandb_run
+
+    def _write_rows(self) -> None:
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        files.write(self.path, lambda file: file.write(lines.encode()))
 
     @property
     def wandb_id(self) -> str | None:
         return self._wandb.id if self._wandb else None
 
     def log(self, row: dict[str, Any], line: str) -> None:
-        """Write a row to the screen, to metrics.jsonl and to wandb."""
+        """Write a row to the screen, to metrics.jsonl and to wandb. Raises: UserError."""
         print(line, flush=True)
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._lacks_rows = True
+            raise UserError(f"{self.path}: can't be written ({error})") from error
         if self._wandb:
             self._wandb.log(_flat(row), step=row["step"])
         if time.monotonic() >= self._next_draw:
@@ -76,7 +85,11 @@ class Report:
     def close(self, *, failed: bool) -> None:
         if self.rows:
             self.draw()
-        self._file.close()
+        with contextlib.suppress(OSError):  # a row that could not be written
+            self._file.close()
+        if self._lacks_rows:
+            with contextlib.suppress(UserError):
+                self._write_rows()
         if self._wandb:
             self._wandb.finish(exit_code=int(failed))
 

@@ -11,12 +11,11 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from errors import UserError
+from errors import Finished, UserError
 from flags.run import Config
-from musicgen.weights import save_tensors
 from recordings.track import Track
 from recordings.wording import DROP_P
-from training.optimizer import warmup_steps
+from training.optimizer import moments_bytes, warmup_steps
 from training.output import RESUME
 from training.session import Session
 
@@ -39,10 +38,10 @@ LEFT: dict[str, list[Any]] = {
 }
 
 
-def save_resume(session: Session, *, is_finished: bool = False) -> None:
-    """Write what `--resume=1` needs. No random state: that follows from the step."""
+def resume_state(session: Session, *, is_finished: bool = False) -> dict[str, Any]:
+    """Return what `--resume=1` needs. No random state: that follows from the step."""
     scaler = session.accelerator.scaler
-    state = {
+    return {
         "step": session.step,
         "is_finished": is_finished,  # the final file is written
         "config": session.config.model_dump(),
@@ -56,7 +55,16 @@ def save_resume(session: Session, *, is_finished: bool = False) -> None:
         "scaler": scaler.state_dict() if scaler else None,
         "wandb_id": session.report.wandb_id if session.report else None,
     }
-    save_tensors(session.output / RESUME, state)
+
+
+def resume_bytes(config: Config, numbers: int, size: int) -> int:
+    """Return the bytes of a resume state: of `numbers` trained numbers that take `size` bytes."""
+    return size * (1 + bool(config.ema_decay)) + moments_bytes(config, numbers)
+
+
+def copy_bytes(config: Config, numbers: int, size: int) -> int:
+    """Return the bytes of the copy from which the resume state and a checkpoint are written."""
+    return resume_bytes(config, numbers, size) + size
 
 
 def load_resume(folder: Path) -> dict[str, Any]:
@@ -146,10 +154,11 @@ def _check_same_run(session: Session, state: dict[str, Any]) -> None:
         )
     total = session.total
     if state["step"] > total or (state["step"] == total and state["is_finished"]):
-        raise UserError(
-            f"the run in {session.output} is finished ({state['step']} of {total} steps): "
+        finished = (
+            f"the run in {session.output} is finished already ({state['step']} of {total} steps): "
             "raise --epochs or --max_steps to train on"
         )
+        raise Finished(finished) if config.resume == "auto" else UserError(finished)
 
 
 def _describe(session: Session, state: dict[str, Any]) -> str:

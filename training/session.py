@@ -7,7 +7,7 @@ P pitch classes.
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from training.ema import EMA
 from training.plan import Plan
 from training.report import Report
 from training.tuning import Tuning
+from training.writer import Writer
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Session:
     is_whole: bool = True  # False during an update: the weights belong to no step
     report: Report | None = None
     wandb_id: str | None = None
+    writer: Writer = field(default_factory=Writer)
 
     @contextlib.contextmanager
     def update(self) -> Iterator[None]:
@@ -90,6 +92,12 @@ class Session:
     @property
     def total(self) -> int:
         return self.plan.total_steps
+
+    @property
+    def trained_size(self) -> tuple[int, int]:
+        """How many numbers learn, and their bytes."""
+        parameters = list(self.trained.values())
+        return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
 
     @property
     def valid_step(self) -> int:

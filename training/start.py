@@ -17,26 +17,27 @@ from training.accelerator import start_accelerator
 from training.data import crop_frames, find_melodies, find_tokens, make_clips
 from training.ema import EMA
 from training.facts import facts_of
-from training.optimizer import make_optimizer, moments_bytes, warmup_steps
+from training.optimizer import make_optimizer, warmup_steps
 from training.plan import make_plan
 from training.report import Report, start_wandb
-from training.resume import load_resume, restore
+from training.resume import load_resume, restore, resume_bytes
 from training.room import check_room
 from training.session import Session
-from training.tracks import Tracks, first_checks
+from training.tracks import Tracks, scan_dataset
 from training.tuning import tuning_of
 
 
 def start(config: Config, scanned: Tracks | None = None) -> Session:
     """Load and check everything that a run needs, quick checks first.
 
-    `scanned` is what `first_checks` returned; without it they are made here.
+    The output folder is there, and locked; `scanned` is what `scan_dataset` returns.
     Deletes nothing, and prints nothing but the progress of encoding, and that memory is short.
-    Raises: UserError for what the user can fix.
+    Raises: UserError for what the user can fix; Finished if --resume=auto finds nothing to do.
     """
     folder = Path(config.output_dir)
-    tracks, held_out = scanned or first_checks(config)
-    state = load_resume(folder) if config.resume else None
+    tracks, held_out = scanned or scan_dataset(config)
+    resumes = output.check_output(folder, resume=config.resume, overwrite=config.overwrite)
+    state = load_resume(folder) if resumes else None
 
     tuning = tuning_of(config)
     accelerator, precision, why = start_accelerator(config)
@@ -77,7 +78,7 @@ def start(config: Config, scanned: Tracks | None = None) -> Session:
     )
     if state is not None:
         restore(session, state)
-    replacing = config.resume or config.overwrite
+    replacing = resumes or config.overwrite
     output.check_space(folder, _space_needed(session), replacing=replacing)
     accelerator.wait_for_everyone()  # until all have checked output_dir; then the first changes it
     return session
@@ -95,18 +96,17 @@ def announce(session: Session) -> None:
     wandb_run = start_wandb(config, facts, session.wandb_id) if config.use_wandb else None
     print("\n".join(f"{name:<11}{fact}" for name, fact in facts.items()), flush=True)
     output.remove_temporaries(folder)
-    if not config.resume:
+    if session.resumed is None:
         output.clear_samples(folder)
     about = {"model_id": portable_id(config.model_id), "flags": config.model_dump()}
     files.write_json(folder / output.RUN, {**about, "facts": facts})
-    session.report = Report(folder, session.step if config.resume else None, wandb_run)
+    session.report = Report(folder, session.step if session.resumed else None, wandb_run)
 
 
 def _space_needed(session: Session) -> int:
     """Return the bytes needed on disk: checkpoints, and an old and a new resume state."""
     config = session.config
-    resume = sum(p.nbytes for p in session.trained.values()) * (1 + bool(session.ema))
-    resume += moments_bytes(config, sum(p.numel() for p in session.trained.values()))
+    resume = resume_bytes(config, *session.trained_size)
     weights = session.tuning.saved_numbers(session.model.lm)
     weights *= 4 if config.save_dtype == "fp32" else 2
     if not config.save_step:

@@ -18,12 +18,13 @@ Tracks = tuple[list[Track], list[Track]]  # training, held out
 def first_checks(config: Config) -> Tracks:
     """Return the dataset's tracks; check the output folder too, unless nothing will be written.
 
-    Raises: UserError for what the user can fix.
+    Raises: UserError for what the user can fix; Finished if --resume=auto finds nothing to do.
     """
     tracks = scan_dataset(config)
     if not config.dry_run:
         folder = Path(config.output_dir)
-        output.check_output(folder, resume=config.resume, overwrite=config.overwrite)
+        with output.locked(folder):  # train() locks it, and looks again
+            output.check_output(folder, resume=config.resume, overwrite=config.overwrite)
     return tracks
 
 

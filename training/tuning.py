@@ -52,15 +52,19 @@ class Tuning:
         """Return how many numbers `save` writes."""
         return sum(t.numel() for t in lm.state_dict().values())
 
-    def save(self, lm: Any, path: Path) -> None:
+    def learned(self, lm: Any) -> Any:
+        """Return what `write` needs: dicts or tuples with the tensors that training changes."""
+        return lm.state_dict()
+
+    def write(self, learned: Any, path: Path) -> None:
         """Write the language model's weights with what was learned."""
-        save_tensors(path, portable(self._state(lm), self.config.save_dtype))
+        save_tensors(path, portable(self._whole(learned), self.config.save_dtype))
 
     def save_final(self, lm: Any, folder: Path) -> None:
-        self.save(lm, folder / self.final)
+        self.write(self.learned(lm), folder / self.final)
 
-    def _state(self, lm: Any) -> dict[str, torch.Tensor]:
-        return lm.state_dict()
+    def _whole(self, learned: Any) -> dict[str, torch.Tensor]:
+        return learned
 
 
 class _Frozen(Tuning):
@@ -73,8 +77,11 @@ class _Frozen(Tuning):
     def layers_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
-    def _state(self, lm: Any) -> dict[str, torch.Tensor]:
-        return read_lm_state(self.config.model_id)
+    def learned(self, lm: Any) -> Any:
+        return self.trained(lm)
+
+    def _whole(self, learned: Any) -> dict[str, torch.Tensor]:
+        return read_lm_state(self.config.model_id) | learned
 
 
 class TextTuning(_Frozen):
@@ -84,9 +91,6 @@ class TextTuning(_Frozen):
         super().prepare(lm)
         lm.requires_grad_(False)
         text_conditioner(lm).requires_grad_(True)
-
-    def _state(self, lm: Any) -> dict[str, torch.Tensor]:
-        return super()._state(lm) | self.trained(lm)
 
 
 class LoraTuning(_Frozen):
@@ -112,12 +116,15 @@ class LoraTuning(_Frozen):
         return f"{super().describe(count)} as LoRA of rank {self.config.lora_rank}"
 
     def save_final(self, lm: Any, folder: Path) -> None:
-        super().save_final(lm, folder)
         lora.save(self.adapter, folder / output.LORA)
+        super().save_final(lm, folder)  # last: it says that the run has finished
 
-    def _state(self, lm: Any) -> dict[str, torch.Tensor]:
-        state = super()._state(lm)
-        lora.merge(state, lora.parts(self.adapter))
+    def learned(self, lm: Any) -> Any:
+        return lora.parts(self.adapter)
+
+    def _whole(self, learned: Any) -> dict[str, torch.Tensor]:
+        state = read_lm_state(self.config.model_id)
+        lora.merge(state, learned)
         return state
 
 
@@ -144,10 +151,11 @@ class WordTuning(_Frozen):
     def saved_numbers(self, lm: Any) -> int:
         return self.trained(lm)["placeholder"].numel()
 
-    def save(self, lm: Any, path: Path) -> None:
+    def write(self, learned: Any, path: Path) -> None:
         assert self.new_word
         model_id = portable_id(self.config.model_id)
-        placeholder.save(path, self.new_word, self.config.save_dtype, model_id)
+        word = placeholder.Embedding(self.new_word.word, learned["placeholder"], model_id)
+        placeholder.save(path, word, self.config.save_dtype, model_id)
 
 
 def tuning_of(config: Config) -> Tuning:
