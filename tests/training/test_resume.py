@@ -5,12 +5,13 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pytest
 import soundfile as sf
@@ -20,14 +21,16 @@ from conftest import metrics, tiny_config, tone, weights
 from matplotlib.figure import Figure
 from processes import Started
 
+import files
+import run as run_py
 from demo.tiny import build_musicgen
-from errors import UserError
+from errors import Finished, UserError
 from flags.run import Config
 from musicgen import codec
 from musicgen.loss import TokenLoss
 from musicgen.text import TextEncoder
 from train import NonFinite, train
-from training.output import checkpoints
+from training.output import check_output, checkpoints
 from training.plan import make_plan
 from training.resume import FREE_TO_CHANGE
 
@@ -58,8 +61,7 @@ def run(world: World, output: Path, **flags: Any) -> Path:
 
 def go_on(world: World, output: Path, **flags: Any) -> Path:
     """Resume, or start anew if no step had been made."""
-    has_state = (output / "resume.pt").exists()
-    return run(world, output, resume=has_state, overwrite=not has_state, **flags)
+    return run(world, output, resume="auto", **flags)
 
 
 @pytest.fixture(scope="module")
@@ -236,26 +238,30 @@ def is_writing(output: Path) -> bool:
     return any(output.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
-def test_a_run_killed_again_and_again_ends_as_one_that_was_not(kills, world, tmp_path, processes):
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    ("kills", "count"), [(3, 1), pytest.param(20, 1, marks=LONG), pytest.param(20, 2, marks=LONG)]
+)
+def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
+    kills, count, world, tmp_path, processes
+):
+    """By one process or two; each start is the same command."""
     rng, output = random.Random(1), tmp_path / "run"
     # Far too long to end before it is killed, however late that is on a busy machine.
-    flags = {**RANDOM, "epochs": 10_000, "save_step": 1, "keep_checkpoints": 3}
-    flags |= {"valid_path": str(world.held_out), "valid_step": 5, "lr_scheduler": "constant"}
+    flags = {**RANDOM, "grad_acc": 2 // count, "epochs": 10_000, "save_step": 1}
+    flags |= {"keep_checkpoints": 3, "valid_path": str(world.held_out), "valid_step": 5}
+    flags |= {"lr_scheduler": "constant", "resume": "auto"}
 
-    def started(output: Path, **more: Any) -> Any:
+    def started(output: Path, **more: Any) -> Started:
         config = tiny_config(world.model, world.data, output, **flags, **more)
-        process = processes.Process(target=train, args=(config,))
-        process.start()
-        return process
-
-    def state(output: Path) -> dict[str, bool]:
-        has_state = (output / "resume.pt").exists()
-        return {"resume": has_state, "overwrite": not has_state}
+        given = {name: getattr(config, name) for name in config.model_fields_set}
+        return Started(processes, tmp_path / "logs", count=count, **given)
 
     while_writing = 0
     for _ in range(kills):
-        process = started(output, **state(output))
+        process = started(output)
         if rng.random() < 0.8:  # else somewhere in the start
             rows = rows_on_disk(output) + rng.randrange(4)
             wait_until(lambda rows=rows: rows_on_disk(output) > rows, process)
@@ -263,9 +269,9 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(kills, world, tmp
             wait_until(lambda: is_writing(output), process)
         else:
             time.sleep(rng.uniform(0, 0.03))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        process.signal(signal.SIGKILL)
+        codes, _, errors = process.end()
+        assert codes == {-signal.SIGKILL}, errors
         while_writing += is_writing(output)
         for path in output.glob("*.pt"):
             torch.load(path, weights_only=True)
@@ -276,11 +282,78 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(kills, world, tmp
     if (output / "resume.pt").exists():
         last += torch.load(output / "resume.pt", weights_only=True)["step"]
     for folder in (output, whole):
-        process = started(folder, **state(folder), max_steps=last)
-        process.join()
-        assert process.exitcode == 0
+        codes, _, errors = started(folder, max_steps=last).end()
+        assert codes == {0}, errors
     assert_same_run(output, whole)
     assert len(checkpoints(output)) == 3
+
+
+def test_a_kill_after_any_file_is_followed_by_the_same_command_to_the_same_end(
+    world, tmp_path, monkeypatch
+):
+    flags = {"save_step": 4, "keep_checkpoints": 1, "resume": "auto"}
+    write, killed = files.write, []
+
+    def then_killed(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+        write(path, fill)
+        if path.suffix == ".pt":
+            killed.append((path.name, tmp_path / f"killed_{len(killed)}"))
+            shutil.copytree(path.parent, killed[-1][1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write", then_killed)
+        whole = run(world, tmp_path / "whole", **flags)
+    names = [name for name, _ in killed]
+    assert names == ["resume.pt", "lm_4.pt", "lm_final.pt", "resume.pt"]
+    for _, output in killed[:-1]:
+        assert_same_run(run(world, output, **flags), whole)
+    with pytest.raises(Finished, match=r"is finished already \(6 of 6 steps\)"):
+        run(world, killed[-1][1], **flags)
+
+
+NEW, GOES_ON = False, True
+
+
+@pytest.mark.parametrize(
+    ("names", "result"),
+    [
+        ([], NEW),
+        (["run.json", "metrics.jsonl", "training.png", ".lm_2.pt.123.tmp"], NEW),
+        (["resume.pt"], GOES_ON),
+        (["resume.pt", "lm_2.pt", "lm_final.pt"], GOES_ON),
+        (["lm_final.pt", "lm_2.pt"], Finished),
+        (["learned_embeds.safetensors"], Finished),
+        (["lm_2.pt"], UserError),
+    ],
+)
+def test_resume_auto_decides_by_what_is_there(names, result, tmp_path):
+    for name in names:
+        (tmp_path / name).touch()
+    if isinstance(result, bool):
+        assert check_output(tmp_path, resume="auto", overwrite=False) is result
+    else:
+        with pytest.raises(result, match=r"is finished already|holds an earlier run .*another"):
+            check_output(tmp_path, resume="auto", overwrite=False)
+
+
+@pytest.mark.parametrize("save_step", [0, 3])
+def test_one_command_starts_goes_on_and_says_when_it_is_finished(save_step, world, tmp_path, cli):
+    paths = {"model_id": world.model, "dataset_path": world.data, "output_dir": tmp_path / "run"}
+    flags = {**RANDOM, **paths, "duration": 1, "device": "cpu", "num_workers": 0}
+    flags |= {"save_step": save_step, "resume": "auto", "warmup_steps": 0}
+    with at_encoding(5, fail), pytest.raises(Fault):  # in step 3
+        cli(run_py, **flags)
+    told = cli(run_py, **flags)
+    assert told.code == 0, told.err
+    assert ("a kill loses all steps (see --save_step)" in told.out) == (not save_step)
+    assert "resumed    after step 2" in told.out
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [*range(1, STEPS + 1)]
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    told = cli(run_py, **flags)
+    assert told.code == 0
+    assert f"the run in {tmp_path / 'run'} is finished already (" in told.out
+    assert told.err == ""
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
 def test_ctrl_c_in_the_terminal_stops_cleanly_with_workers_too(world, tmp_path, processes):
