@@ -72,7 +72,10 @@ class Started:
     def signal(self, number: int) -> None:
         """To each one and to what it has started, as by Ctrl-C in a terminal."""
         for process in self.processes:
-            os.killpg(process.pid, number)
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:  # it has just been started, and has no group yet
+                os.kill(process.pid, number)
 
     def is_gone(self, timeout: float = 60) -> bool:
         """Return whether all have ended, and all they started: each holds a lock on the log."""

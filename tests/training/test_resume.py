@@ -271,7 +271,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
             time.sleep(rng.uniform(0, 0.03))
         process.signal(signal.SIGKILL)
         codes, _, errors = process.end()
-        assert codes == {-signal.SIGKILL}, errors
+        assert -signal.SIGKILL in codes, errors  # the other may have seen that this one is gone
         while_writing += is_writing(output)
         for path in output.glob("*.pt"):
             torch.load(path, weights_only=True)
