@@ -207,6 +207,7 @@ def test_module_is_there_with_its_command_and_flags(command):
 
 
 OTHERS = {"help", "flag", "no-deps", "nproc_per_node", "multi_gpu", "num_processes"}
+OTHERS |= {"max-restarts"}  # torchrun
 OTHERS |= {"size", "repeats", "loop_steps"}  # benchmarks/step.py
 
 
