@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from accelerate.state import AcceleratorState
 from huggingface_hub import constants
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
@@ -38,12 +37,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@pytest.fixture(autouse=True)
-def no_accelerator() -> None:
-    """There is one in a process; each test begins as in a new one."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +120,6 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     monkeypatch.setattr("training.report.plot", no_picture)
 
     def run(model: Path, data: Path, name: str = "run", **flags: Any) -> Path:
-        AcceleratorState._reset_state(reset_partial_state=True)  # one a process: as in a new one
         train(tiny_config(model, data, tmp_path / name, **flags))
         return tmp_path / name
 
@@ -239,7 +231,6 @@ def cli(
     def call(script: ModuleType, *words: str, **flags: object) -> Result:
         given = [f"--{name}={value}" for name, value in flags.items()]
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words, *given])
-        AcceleratorState._reset_state(reset_partial_state=True)  # one a process: as in a new one
         capsys.readouterr()
         code = 0
         try:

@@ -13,7 +13,6 @@ import pytest
 import soundfile as sf
 import soxr
 import torch
-from accelerate.state import AcceleratorState
 from conftest import tiny_config
 
 from demo import measure
@@ -116,7 +115,6 @@ def lessons(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def taught(lessons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a run as it should be."""
     output = tmp_path_factory.mktemp("taught")
-    AcceleratorState._reset_state(reset_partial_state=True)
     train(tiny_config("demo", lessons, output, **LESSON))
     return output
 

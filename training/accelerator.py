@@ -4,15 +4,21 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from errors import UserError
 from flags.run import Config
 from musicgen.device import choose_device
+from training.launch import check_launch, process_count
 
 
 def start_accelerator(config: Config) -> tuple[Accelerator, str, str]:
-    """Return the Accelerator for --device and --precision, the precision, and the reason for it."""
+    """Return the Accelerator for --device and --precision, the precision, and the reason for it.
+
+    Raises: UserError if the device or the launch doesn't go with the flags.
+    """
+    check_launch()
     device = choose_device(config.device).type
     has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision, why = config.precision, "as asked for"
@@ -42,7 +48,25 @@ def start_accelerator(config: Config) -> tuple[Accelerator, str, str]:
     mixed = "no" if precision == "fp32" else precision
     # While the first process generates samples or writes checkpoints, the others wait.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    # A run before this one in the same program may have had another device or precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    # All that a saved Accelerate config could change is given here.
     accelerator = Accelerator(
-        cpu=device == "cpu", mixed_precision=mixed, kwargs_handlers=[patience]
+        cpu=device == "cpu",
+        mixed_precision=mixed,
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[patience],
     )
+    if accelerator.device.type != device:
+        raise UserError(
+            f"Accelerate would train on {accelerator.device}, not on {device}: give "
+            f"--device={accelerator.device.type}, or launch without what asks for it (--cpu, "
+            "ACCELERATE_USE_CPU, ACCELERATE_TORCH_DEVICE)"
+        )
+    if accelerator.num_processes != process_count():
+        raise UserError(
+            f"{process_count()} processes can't train together on {device}: use GPUs with CUDA, "
+            "--device=cpu, or one process"
+        )
     return accelerator, precision, why

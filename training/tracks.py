@@ -11,6 +11,7 @@ from recordings import scan
 from recordings.track import Track, stable_hash
 from recordings.wording import in_front
 from training import output
+from training.launch import check_launch
 
 Tracks = tuple[list[Track], list[Track]]  # training, held out
 
@@ -20,11 +21,13 @@ def first_checks(config: Config) -> Tracks:
 
     Raises: UserError for what the user can fix; Finished if --resume=auto finds nothing to do.
     """
+    if config.dry_run:
+        return scan_dataset(config)
+    check_launch()
     tracks = scan_dataset(config)
-    if not config.dry_run:
-        folder = Path(config.output_dir)
-        with output.locked(folder):  # train() locks it, and looks again
-            output.check_output(folder, resume=config.resume, overwrite=config.overwrite)
+    folder = Path(config.output_dir)
+    with output.locked(folder):  # train() locks it, and looks again
+        output.check_output(folder, resume=config.resume, overwrite=config.overwrite)
     return tracks
 
 

@@ -16,7 +16,6 @@ from typing import Any, BinaryIO, NamedTuple
 import pytest
 import soundfile as sf
 import torch
-from accelerate.state import AcceleratorState
 from conftest import metrics, tiny_config, tone, weights
 from matplotlib.figure import Figure
 from processes import Started
@@ -54,7 +53,6 @@ def run(world: World, output: Path, **flags: Any) -> Path:
     """Train in this process, with validation and samples."""
     watched = {"valid_path": str(world.held_out), "valid_step": 2}
     watched |= {"sample_step": 3, "sample_duration": 0.2, "sample_prompts": ["a tune", "drums"]}
-    AcceleratorState._reset_state(reset_partial_state=True)
     train(tiny_config(world.model, world.data, output, **{**RANDOM, **watched, **flags}))
     return output
 
@@ -372,7 +370,6 @@ def test_ctrl_c_in_the_terminal_stops_cleanly_with_workers_too(world, tmp_path, 
     assert "Traceback" not in errors
     steps = len(metrics(output))
     assert f"stopped after step {steps} of 1000" in errors
-    AcceleratorState._reset_state(reset_partial_state=True)
     more = {**flags, "max_steps": steps + 2, "num_workers": 0, "resume": True}
     train(Config(**{k: str(v) if isinstance(v, Path) else v for k, v in more.items()}))
     assert [row["step"] for row in metrics(output)] == [*range(1, steps + 3)]
@@ -438,7 +435,6 @@ def test_resuming_with_other_flags_is_refused_by_name(
             flags.setdefault("lora_rank", 4)
         if name == "placeholder_init":
             flags["placeholder"] = "<my-style>"
-        AcceleratorState._reset_state(reset_partial_state=True)
         with pytest.raises(UserError, match=re.escape(f"--{name}={value}, was ")):
             train(tiny_config(world.model, world.data, stopped, **{"resume": True, **flags}))
     after = {path: path.read_bytes() for path in stopped.iterdir() if path.is_file()}
@@ -658,7 +654,6 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(
     poison, what, named, save_step, left, world, tmp_path, monkeypatch
 ):
     def fit(output: Path, **more: Any) -> Path:
-        AcceleratorState._reset_state(reset_partial_state=True)
         flags = {"epochs": 3, "batch_size": 2, "save_step": save_step, "seed": 3}
         train(tiny_config(world.model, world.data, output, **flags, **more))
         return output
