@@ -157,7 +157,8 @@ def _step(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> tuple[di
         # adamw_8bit_bf16 rounds at random: the same way in all processes, or weights would diverge.
         torch.manual_seed(_seed(config.seed, run.step, 0, 1))
         run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+        # Several processes keep the gradients in DDP's buckets; dropped, they would be there twice.
+        run.optimizer.zero_grad(set_to_none=run.accelerator.num_processes == 1)
         if run.ema:
             run.ema.update()
     row = {

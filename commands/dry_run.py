@@ -1,6 +1,5 @@
 """Estimate the device memory that a run needs, and what would lower it."""
 
-import os
 
 import torch
 
@@ -11,6 +10,7 @@ from musicgen.skeleton import frame_rate
 from musicgen.weights import DTYPES
 from recordings.track import Track
 from training.data import check_melody, crop_frames
+from training.launch import process_count
 from training.memory import estimate
 from training.plan import make_plan
 from training.resume import copy_bytes
@@ -29,12 +29,13 @@ def dry_run(config: Config, tracks: list[Track]) -> str:
     rate = frame_rate(codec_cfg)
     frames = crop_frames(config, model[0].dataset.segment_duration, rate, tracks)
     clips = [track.crops(frames, round(rate)) if config.crops_by_length else 1 for track in tracks]
-    plan = make_plan(config, sum(clips), processes=int(os.environ.get("WORLD_SIZE", 1)))
+    processes = process_count()
+    plan = make_plan(config, sum(clips), processes)
     share = f"; {plan.clips} an epoch, in proportion to length" if config.crops_by_length else ""
     dtype, why = torch.bfloat16, "as on a GPU that has it"
     if config.precision != "auto":
         dtype, why = DTYPES[config.precision], "as asked for"
-    need = estimate(config, model, frames, dtype, encodes=encodes)
+    need = estimate(config, model, frames, dtype, encodes=encodes, processes=processes)
     parts = ["weights", "gradients", "optimizer", "activations", "encoders", "encoding"]
     when = "encoding comes before the activations"
     if not encodes:
@@ -46,6 +47,7 @@ def dry_run(config: Config, tracks: list[Track]) -> str:
         when = f"{gb(before)} while recordings are encoded"
     memory = ", ".join(f"{name} {gb(getattr(need, name))}" for name in parts)
     trained = f"{need.trained}" if config.placeholder else f"{need.trained / 1e6:.1f} M"
+    each = " on each GPU" if processes > 1 else ""
     rows = [
         f"model      {config.model_id}, {need.parameters / 1e6:.1f} M parameters, "
         f"{trained} trained",
@@ -53,7 +55,7 @@ def dry_run(config: Config, tracks: list[Track]) -> str:
         f"{count(plan.sizes, 'clip')} of {frames / rate:g} s{share}",
         f"precision  {str(dtype).removeprefix('torch.')} ({why})",
         f"memory     {memory}",
-        f"           at the peak {gb(need.peak)} ({when}), plus what CUDA itself takes",
+        f"           at the peak {gb(need.peak)}{each} ({when}), plus what CUDA itself takes",
     ]
     if config.save_step:
         copy = copy_bytes(config, need.trained, need.gradients)
@@ -67,6 +69,6 @@ def dry_run(config: Config, tracks: list[Track]) -> str:
         "--optimizer replaces an earlier one:"
     )
     for flags, changed in thriftier(config):
-        lower = estimate(changed, model, frames, dtype, encodes=encodes)
+        lower = estimate(changed, model, frames, dtype, encodes=encodes, processes=processes)
         rows.append(f"  {gb(lower.peak):>8}  with {flags}")
     return "\n".join(rows)

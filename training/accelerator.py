@@ -1,11 +1,17 @@
 """The device and the precision of a run."""
 
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
+from torch import nn
 
 from errors import UserError
 from flags.run import Config
@@ -48,6 +54,7 @@ def start_accelerator(config: Config) -> tuple[Accelerator, str, str]:
     mixed = "no" if precision == "fp32" else precision
     # While the first process generates samples or writes checkpoints, the others wait.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     # A run before this one in the same program may have had another device or precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     # All that a saved Accelerate config could change is given here.
@@ -56,7 +63,7 @@ def start_accelerator(config: Config) -> tuple[Accelerator, str, str]:
         mixed_precision=mixed,
         dynamo_backend="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[patience],
+        kwargs_handlers=[patience, buckets],
     )
     if accelerator.device.type != device:
         raise UserError(
@@ -70,3 +77,13 @@ def start_accelerator(config: Config) -> tuple[Accelerator, str, str]:
             "--device=cpu, or one process"
         )
     return accelerator, precision, why
+
+
+def share_gradients(trained: Iterable[nn.Parameter]) -> None:
+    """Let DistributedDataParallel keep the gradients in its buckets from the first step on.
+
+    Its constructor moves gradients that are there already. Without them, the first step's would
+    be held twice, and so would each step's if they were not zeroed but dropped.
+    """
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)

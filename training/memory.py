@@ -45,20 +45,20 @@ class Need:
     encoders: int  # T5 and EnCodec
     encoding: int  # EnCodec's activations, freed before the language model runs
     beforehand: int  # EnCodec with --cache_tokens, freed before the first step
-    accumulates: bool  # an earlier batch's gradients are there while activations build up
+    keeps_gradients: bool  # they are there while activations build up
 
     @property
     def language_model_peak(self) -> int:
         """Bytes at the peak, without text encoder and codec."""
         grown = self.activations + self.gradients
-        if not self.accumulates:  # gradients replace activations
+        if not self.keeps_gradients:  # gradients replace activations
             grown = max(self.activations, self.gradients)
         return self.weights + self.optimizer + grown
 
     @property
     def peak(self) -> int:
         """Bytes at the peak of the whole run."""
-        gradients = self.gradients if self.accumulates else 0
+        gradients = self.gradients if self.keeps_gradients else 0
         while_encoding = self.weights + self.optimizer + gradients + self.encoding
         before = self.weights + self.beforehand
         return self.encoders + max(self.language_model_peak, while_encoding, before)
@@ -101,12 +101,18 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def estimate(
-    config: Config, model: Configs, frames: int, dtype: torch.dtype, *, encodes: bool = True
+    config: Config,
+    model: Configs,
+    frames: int,
+    dtype: torch.dtype,
+    *,
+    encodes: bool = True,
+    processes: int = 1,
 ) -> Need:
     """Estimate what training needs with these flags; `model` is the result of `configs`.
 
     `frames` is T, `dtype` the number format of the forward pass; `encodes` is False for files of
-    tokens.
+    tokens. With several `processes`, it is what each of them needs.
     """
     lm_cfg, codec_cfg, t5_cfg = model
     few, more = (_measure(config, model, layers, frames, dtype) for layers in FEW_LAYERS)
@@ -132,7 +138,9 @@ def estimate(
         encoders=text_encoder + codec,
         encoding=encoding,
         beforehand=beforehand,
-        accumulates=config.grad_acc > 1,
+        # An earlier batch's; or DistributedDataParallel's buckets, which are the gradients and are
+        # there all the time. It keeps nothing else that grows with the model.
+        keeps_gradients=config.grad_acc > 1 or processes > 1,
     )
 
 

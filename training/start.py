@@ -13,7 +13,7 @@ from musicgen.loss import TokenLoss
 from musicgen.text import TextEncoder
 from musicgen.weights import DTYPES
 from training import output
-from training.accelerator import start_accelerator
+from training.accelerator import share_gradients, start_accelerator
 from training.data import crop_frames, find_melodies, find_tokens, make_clips
 from training.ema import EMA
 from training.facts import facts_of
@@ -54,6 +54,8 @@ def start(config: Config, scanned: Tracks | None = None) -> Session:
     if tuning.new_word:
         # Its gradient comes through the text, from outside, but DDP sums only its own parameters'.
         loss.register_parameter("placeholder", tuning.new_word.vector)
+    if accelerator.num_processes > 1:
+        share_gradients(trained.values())
     module, optimizer = accelerator.prepare(loss, make_optimizer(config, trained))
     frames = crop_frames(config, model.max_duration, model.frame_rate, tracks)
     clips = make_clips(config, model, tracks, frames, tokens, melodies, training=True)

@@ -12,9 +12,9 @@ from musicgen.config import configs
 from training import memory
 
 
-def need(folder, **flags) -> memory.Need:
+def need(folder, processes=1, **flags) -> memory.Need:
     config = tiny_config("demo", folder, folder / "out", **flags)
-    return memory.estimate(config, configs("demo"), 100, torch.bfloat16)
+    return memory.estimate(config, configs("demo"), 100, torch.bfloat16, processes=processes)
 
 
 def test_it_counts_the_model_that_a_run_would_train(tmp_path):
@@ -48,6 +48,9 @@ def test_each_flag_lowers_the_part_that_it_is_for(tmp_path):
     assert adapted.trained < 0.1 * base.trained
     assert adapted.weights < 0.7 * base.weights
     assert need(tmp_path, batch_size=4).activations > 1.5 * base.activations
+    accumulated = need(tmp_path, grad_acc=2)
+    assert accumulated.peak > base.peak
+    assert need(tmp_path, processes=2).peak == accumulated.peak  # DDP keeps its buckets
     text = need(tmp_path, tune_text=True)
     assert text.trained == 64 * 192 + 192  # T5's width to the model's
     assert text.weights < 0.7 * base.weights
@@ -76,12 +79,13 @@ def test_melodies_are_counted_as_they_are_in_the_loaded_model(melody_folder, tmp
     assert longer > memory.estimate(config, model, 100, torch.bfloat16).activations
 
 
-def test_dry_run_of_a_published_model_needs_no_weights(cli, make_pairs, tmp_path):
+def test_dry_run_of_a_published_model_needs_no_weights(cli, make_pairs, tmp_path, monkeypatch):
     data = make_pairs()
+    monkeypatch.setenv("WORLD_SIZE", "2")
     result = cli(run, "--dry_run", dataset_path=data, output_dir=tmp_path / "out", lora_rank=16)
     assert result.code == 0, result.err
     assert "small, 4" in result.out
-    assert "at the peak" in result.out
+    assert " on each GPU (encoding" in result.out
     assert "--grad_checkpointing=1" in result.out
     assert not (tmp_path / "out").exists()
 

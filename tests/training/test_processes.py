@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from conftest import write_pairs
 from processes import Started, assert_same_run, launch
 
@@ -44,7 +43,6 @@ def one_process(mono_folder, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("processes")
     dataset = write_pairs(folder / "dataset", seconds=(3.0, 2.0, 1.5, 4.0, 3.5, 1.0, 5.0))
     output = folder / "one"
-    AcceleratorState._reset_state(reset_partial_state=True)  # one a process: as in a new one
     train(Config(**options(dataset, mono_folder, output), batch_size=4, grad_acc=1))
     return dataset, output
 
@@ -71,20 +69,36 @@ def test_two_processes_train_as_one(
 
 
 def train_and_keep_weights() -> None:
-    """Run as run.py's main does, with flags as JSON; each process saves the weights it has."""
-    begin, runs = train_module.start, []
-    train_module.start = lambda *given: runs.append(begin(*given)) or runs[0]
+    """Run as run.py's main does, with flags as JSON; each process saves what it has."""
+    begin, runs, storages = train_module.start, [], []
+
+    def count_storages() -> None:
+        gradients = [weight.grad for weight in runs[0].trained.values()]
+        assert None not in gradients
+        storages.append(len({gradient.untyped_storage().data_ptr() for gradient in gradients}))
+
+    def start(*given):
+        runs.append(begin(*given))
+        count_storages()
+        return runs[0]
+
+    train_module.start = start
     config = Config(**json.loads(sys.argv[1]))
     train(config)
-    torch.save(runs[0].trained, f"{config.output_dir}/{runs[0].accelerator.process_index}.pt")
+    count_storages()
+    kept = {"weights": runs[0].trained, "storages": storages}
+    torch.save(kept, f"{config.output_dir}/{runs[0].accelerator.process_index}.pt")
 
 
 def test_weights_rounded_at_random_are_alike_in_two_processes(
     mono_folder, tmp_path, processes
 ) -> None:
-    """If they rounded differently, DDP would not bring them together again."""
+    """If they rounded differently, DDP would not bring them together again.
+
+    And DDP's buckets, one of each number format here, are the gradients' only place.
+    """
     dataset = write_pairs(tmp_path / "dataset", seconds=(1.0, 0.9, 0.8, 1.2))
-    flags = options(dataset, mono_folder, tmp_path) | {"epochs": 1, "batch_size": 1, "grad_acc": 1}
+    flags = options(dataset, mono_folder, tmp_path) | {"epochs": 2, "batch_size": 1, "grad_acc": 2}
     rounding = {"optimizer": "adamw_8bit_bf16", "precision": "bf16"}
     both = Started(
         processes,
@@ -96,8 +110,9 @@ def test_weights_rounded_at_random_are_alike_in_two_processes(
     codes, _, errors = both.end()
     assert codes == {0}, errors
     first, second = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(2))
-    assert any(weight.dtype == torch.bfloat16 for weight in first.values())
-    assert all(weight.equal(second[name]) for name, weight in first.items())
+    assert any(weight.dtype == torch.bfloat16 for weight in first["weights"].values())
+    assert all(weight.equal(second["weights"][name]) for name, weight in first["weights"].items())
+    assert max(first["storages"]) <= 3
 
 
 def test_two_processes_stop_and_resume(one_process, mono_folder, tmp_path, processes) -> None:
