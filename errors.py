@@ -25,6 +25,16 @@ class Finished(Exception):
     """Nothing is left to do; its line says why. With --resume=auto that is no error."""
 
 
+class LostProcess(Exception):
+    """Another process of the run has ended, or can't be reached."""
+
+
+ADVICE_LOST = (
+    "If it said why, put that right. Then start all processes again, with --resume=1 if the "
+    "output folder has a resume.pt."
+)
+
+
 @contextlib.contextmanager
 def plain_errors(advice_out_of_memory: str) -> Iterator[None]:
     """End the process with a plain message instead of a traceback if the user can fix the error."""
@@ -42,6 +52,8 @@ def plain_errors(advice_out_of_memory: str) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
+        if is_lost_process(error):
+            end_after_loss(error)
         if not is_out_of_memory(error):
             raise
         _exit(f"out of memory: {str(error).splitlines()[0]}\n{advice_out_of_memory}")
@@ -65,6 +77,20 @@ def is_out_of_memory(error: BaseException) -> bool:
         or "not enough memory" in text
         or "CUBLAS_STATUS_ALLOC_FAILED" in text
     )
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Return whether an exception means that another process of the run can't be reached."""
+    names = ("LostProcess", "DistBackendError", "DistNetworkError", "DistStoreError")
+    return type(error).__name__ in names or "/gloo/" in str(error)
+
+
+def end_after_loss(error: BaseException) -> None:
+    """End this process at once: a usual exit may wait for the lost one."""
+    reason = " ".join(str(error).split())[-200:]
+    _tell(f"another process of this run has ended or can't be reached ({reason}). {ADVICE_LOST}")
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def first_lines(lines: list[str], limit: int = 20) -> str:
@@ -114,5 +140,9 @@ def printable(text: str) -> str:
 
 
 def _exit(message: str) -> None:
-    print(f"error: {printable(message)}", file=sys.stderr)
+    _tell(message)
     sys.exit(1)
+
+
+def _tell(message: str) -> None:
+    print(f"error: {printable(message)}", file=sys.stderr, flush=True)

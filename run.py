@@ -3,7 +3,7 @@
 from errors import plain_errors
 from flags.parse import parse
 from flags.run import Config
-from training.tracks import first_checks
+from training.tracks import first_checks, scan_dataset
 
 OUT_OF_MEMORY = (
     "Use less, in this order: --grad_checkpointing=1; a smaller --batch_size with a larger "
@@ -16,13 +16,14 @@ OUT_OF_MEMORY = (
 def main() -> None:
     with plain_errors(OUT_OF_MEMORY):
         config = parse(Config)
-        scanned = first_checks(config)
         # Importing torch and audiocraft takes 10 s: only once all of this is known to be good.
         if config.dry_run:
+            tracks, _ = scan_dataset(config)
             from commands.dry_run import dry_run
 
-            print(dry_run(config, scanned[0]))
+            print(dry_run(config, tracks))
         else:
+            scanned = first_checks(config)
             from train import train
 
             train(config, scanned)

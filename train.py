@@ -9,7 +9,6 @@ import signal
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from accelerate.utils import gather_object
 
 from dataset import Batch
-from errors import UserError, first_lines, show_any_text
+from errors import LostProcess, UserError, end_after_loss, first_lines, show_any_text
 from flags.run import Config
 from musicgen.device import to_device
 from musicgen.loss import token_counts
@@ -32,7 +31,9 @@ from training.resume import resume_state
 from training.session import Session
 from training.start import announce, start
 from training.stop import StopSignals, handled_by, say
-from training.tracks import Tracks, scan_dataset
+from training.tracks import Tracks
+
+GRACE_SEC = 10.0
 
 
 class NonFinite(UserError):
@@ -48,30 +49,33 @@ def train(config: Config, scanned: Tracks | None = None) -> None:
     Raises: UserError for what the user can fix; Finished if --resume=auto finds nothing to do.
     """
     show_any_text()
-    scanned = scanned or scan_dataset(config)
-    with output.locked(Path(config.output_dir)):
-        _train(start(config, scanned))
+    with contextlib.ExitStack() as held:
+        _train(start(config, held, scanned))
 
 
 def _train(run: Session) -> None:
-    if run.accelerator.is_main_process:
-        announce(run)
+    processes = run.processes
+    with processes.together():
+        if processes.is_first:
+            announce(run)
     first_step, failed = run.step, True
-    stop = StopSignals(run.accelerator)
-    rank = run.accelerator.process_index
+    stop, rank = StopSignals(processes), processes.rank
     batches = train_batches(run.clips, run.plan, start=run.step, rank=rank, workers=run.workers)
+    processes.watch(lambda: _end_if_stuck(run, stop, first_step))
     with handled_by(stop), contextlib.closing(batches):
         try:
             _loop(run, stop, batches)
+            processes.leave()
             failed = False
         except BaseException as error:
             stop.is_saving = True
+            run.lock.acquire()  # and keep it: one thread saves, then the process ends
             run.writer.wait()
             if run.report and run.step > first_step:
                 _save_after_error(run, error)
             if isinstance(error, KeyboardInterrupt) or stop.requested:
                 if run.step == first_step:
-                    say(run.accelerator, "stopped before a step was done: nothing new to save")
+                    say(processes, "stopped before a step was done: nothing new to save")
                 raise SystemExit(128 + (stop.requested or signal.SIGINT)) from None
             raise
         finally:
@@ -83,18 +87,35 @@ def _train(run: Session) -> None:
     run.accelerator.end_training()
 
 
+def _end_if_stuck(run: Session, stop: StopSignals, first_step: int) -> None:
+    """Save and end this process, a while after another one has ended.
+
+    gloo raises an error in the main thread, which then does so; NCCL would wait for minutes.
+    """
+    lost = LostProcess("its connection was closed")
+    time.sleep(GRACE_SEC)
+    if run.lock.acquire(timeout=GRACE_SEC):
+        with contextlib.suppress(UserError):
+            run.writer.wait()
+        if run.report and run.step > first_step:
+            _save_after_error(run, lost)
+    elif stop.is_saving:
+        return
+    end_after_loss(lost)
+
+
 def _save_after_error(run: Session, error: BaseException) -> None:
     """Save the resume state of the last whole step after an error, if that is possible."""
     path = run.output / output.RESUME
     if not run.is_whole:
-        say(run.accelerator, f"stopped while the weights were changing: {path} is left as it was")
+        say(run.processes, f"stopped while the weights were changing: {path} is left as it was")
     elif path.exists() and (isinstance(error, NonFinite) or run.writer.has_failed):
         # A newer state may already be bad, or would pass over the checkpoint that wasn't written.
-        say(run.accelerator, f"{path} is left as it was")
+        say(run.processes, f"{path} is left as it was")
     else:
-        say(run.accelerator, f"stopped after step {run.step} of {run.total}; saving {path}")
+        say(run.processes, f"stopped after step {run.step} of {run.total}; saving {path}")
         save_tensors(path, resume_state(run))
-        say(run.accelerator, "saved: continue with the same flags and --resume=1 (not --overwrite)")
+        say(run.processes, "saved: continue with the same flags and --resume=1 (not --overwrite)")
 
 
 def _loop(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> None:
@@ -140,7 +161,7 @@ def _step(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> tuple[di
     counts = accelerator.reduce(to_device(counts, accelerator.device))
     losses = []  # [B, K] of each micro-batch
     for i, batch in enumerate(micro_batches):
-        stop.check()
+        stop.check_alone()
         losses.append(_backward(run, batch, counts, is_last=i + 1 == len(micro_batches)))
     parameters = list(run.trained.values())
     grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
@@ -158,7 +179,7 @@ def _step(run: Session, stop: StopSignals, batches: Iterator[Batch]) -> tuple[di
         torch.manual_seed(_seed(config.seed, run.step, 0, 1))
         run.optimizer.step()
         # Several processes keep the gradients in DDP's buckets; dropped, they would be there twice.
-        run.optimizer.zero_grad(set_to_none=run.accelerator.num_processes == 1)
+        run.optimizer.zero_grad(set_to_none=run.processes.count == 1)
         if run.ema:
             run.ema.update()
     row = {
@@ -197,7 +218,8 @@ def _do_what_is_due(run: Session, stop: StopSignals) -> None:
         return every is not None and every > 0 and (last or step % every == 0)
 
     validates = bool(run.held_out.tracks) and is_due(run.valid_step)
-    samples = run.report and is_due(config.sample_step)
+    samples = is_due(config.sample_step)
+    saves = config.save_step and step and step % config.save_step == 0
     if validates or samples:
         with run.averaged(), eval_mode(run.model.lm):
             if validates:
@@ -209,8 +231,10 @@ def _do_what_is_due(run: Session, stop: StopSignals) -> None:
                     run.report.log_sample(step, path, prompt)
     if run.report and last:
         save_last(run)
-    elif run.report and config.save_step and step and step % config.save_step == 0:
+    elif run.report and saves:
         save_checkpoint(run)
+    if samples or saves:  # by the first process
+        run.processes.wait()
 
 
 def _check_finite(

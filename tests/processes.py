@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -39,7 +39,8 @@ def launch(launcher: str, *flags: object) -> "subprocess.Popen[str]":
 class Started:
     """Processes with everything imported, in the project's folder: `main` with words and flags.
 
-    Two of them have what torchrun gives its own, so that they train together.
+    Two of them have what torchrun gives its own, so that they train together. With `machines`,
+    a folder for each, they are alone on theirs: another working folder and cache.
     """
 
     def __init__(
@@ -49,20 +50,26 @@ class Started:
         *words: object,
         main: Callable[[], object] = run.main,
         count: int = 1,
+        machines: Sequence[Path] = (),
         **flags: object,
     ) -> None:
         self.logs, self.processes = logs, []
         given = [*map(str, words), *(f"--{name}={value}" for name, value in flags.items())]
         logs.mkdir(exist_ok=True)
+        count = len(machines) or count
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         for rank in range(count):
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
             together = {**where, **{name: str(value) for name, value in own.items()}}
+            if machines:
+                together |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+                together |= {"XDG_CACHE_HOME": f"{machines[rank]}/cache"}
             # The server has the environment of its start, not this one.
             environment = {**os.environ, **(together if count > 1 else {})}
-            arguments = (main, given, environment, logs / str(rank))
+            place = machines[rank] if machines else ROOT
+            arguments = (main, given, environment, place, logs / str(rank))
             self.processes.append(context.Process(target=_work, args=arguments))
             self.processes[-1].start()
 
@@ -106,10 +113,12 @@ class Started:
         return codes, *told
 
 
-def _work(main: Callable[[], object], words: list[str], environment: dict, log: Path) -> None:
+def _work(
+    main: Callable[[], object], words: list[str], environment: dict, place: Path, log: Path
+) -> None:
     os.setsid()
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(place)
     for number, name in ((1, "out"), (2, "err")):
         with log.with_suffix(f".{name}").open("wb") as file:
             os.dup2(file.fileno(), number)

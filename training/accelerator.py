@@ -1,22 +1,21 @@
 """The device and the precision of a run."""
 
+import contextlib
+import os
+import socket
 from collections.abc import Iterable
-from datetime import timedelta
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-)
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import nn
 
 from errors import UserError
 from flags.run import Config
 from musicgen.device import choose_device
-from training.launch import check_launch, process_count
+from training.launch import check_launch, local_process_count, process_count
 
 
 def start_accelerator(config: Config) -> tuple[Accelerator, str, str]:
@@ -52,18 +51,16 @@ def start_accelerator(config: Config) -> tuple[Accelerator, str, str]:
             f"({why}): give --precision=bf16 if the device has it, or use --optimizer=adamw_8bit"
         )
     mixed = "no" if precision == "fp32" else precision
-    # While the first process generates samples or writes checkpoints, the others wait.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
-    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     # A run before this one in the same program may have had another device or precision.
     AcceleratorState._reset_state(reset_partial_state=True)
+    _choose_interface()
     # All that a saved Accelerate config could change is given here.
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=mixed,
         dynamo_backend="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[patience, buckets],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.device.type != device:
         raise UserError(
@@ -87,3 +84,21 @@ def share_gradients(trained: Iterable[nn.Parameter]) -> None:
     """
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
+
+
+def _choose_interface() -> None:
+    """Let gloo use the network interface that leads to the first machine.
+
+    By itself it takes the address of this machine's name, which often is 127.0.0.1.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ or local_process_count() == process_count():
+        return
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe,
+        contextlib.suppress(OSError, KeyError),
+    ):
+        probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))  # sends nothing
+        own = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if own in [a.address for a in addresses] and not own.startswith("127."):
+                os.environ["GLOO_SOCKET_IFNAME"] = name

@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from accelerate import Accelerator
-
 from dataset import Clips
 from errors import UserError
 from flags.run import Config
@@ -18,6 +16,7 @@ from musicgen.melody import melodies_of, melody_conditioner
 from recordings.melodies import Melodies
 from recordings.tokens import Tokens
 from recordings.track import Track
+from training.processes import Processes
 from training.tracks import in_front_of
 
 
@@ -33,7 +32,7 @@ def crop_frames(config: Config, window_sec: float, frame_rate: float, tracks: li
 
 
 def find_melodies(
-    config: Config, model: Model, tracks: list[Track], accelerator: Accelerator
+    config: Config, model: Model, tracks: list[Track], processes: Processes
 ) -> Melodies | None:
     """Find the melodies of all tracks, each process its share; None if none are wanted."""
     conditioner = melody_conditioner(model.lm)
@@ -41,7 +40,7 @@ def find_melodies(
     if conditioner is None or config.drop_melody == 1:
         return None
     melodies = melodies_of(conditioner)
-    _in_shares(partial(melody.fill, conditioner, melodies, tracks), accelerator)
+    _in_shares(partial(melody.fill, conditioner, melodies, tracks), processes)
     return melodies
 
 
@@ -60,7 +59,7 @@ def check_melody(config: Config, has_melody: bool, tracks: list[Track]) -> None:
 
 
 def find_tokens(
-    config: Config, model: Model, tracks: list[Track], accelerator: Accelerator
+    config: Config, model: Model, tracks: list[Track], processes: Processes
 ) -> Tokens | None:
     """Read or encode all tracks' tokens, each process its share; None to encode each crop."""
     if not (config.cache_tokens or tracks[0].codec):
@@ -69,16 +68,17 @@ def find_tokens(
     if tracks[0].codec:
         tokens.check(tracks, config.model_id)
     else:
-        _in_shares(partial(codec.fill, model, tokens, tracks, config.batch_size), accelerator)
+        _in_shares(partial(codec.fill, model, tokens, tracks, config.batch_size), processes)
     codec.move(model, "encoder", "cpu")  # not needed any more
     return tokens
 
 
-def _in_shares(prepare: Callable[..., None], accelerator: Accelerator) -> None:
-    """Let each process prepare its share, then each machine what its own cache still lacks."""
-    prepare(rank=accelerator.process_index, processes=accelerator.num_processes)
-    accelerator.wait_for_everyone()
-    prepare()
+def _in_shares(prepare: Callable[..., None], processes: Processes) -> None:
+    """Let all processes share the work; then those of a machine, what its own cache lacks."""
+    with processes.together():
+        prepare(rank=processes.rank, processes=processes.count)
+    with processes.together():
+        prepare(rank=processes.local_rank, processes=processes.local_count)
 
 
 def make_clips(

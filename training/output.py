@@ -1,9 +1,8 @@
 """The files that a run writes to its folder."""
 
-import os
 import re
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
@@ -45,13 +44,12 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def locked(folder: Path) -> AbstractContextManager[None]:
-    """Keep other runs out of the output folder inside a block; a run's first process locks it.
+    """Keep other runs out of the output folder inside a block.
 
     Raises: UserError that names the run that is there.
     """
     files.check_writable(folder, "--output_dir")
-    is_first = int(os.environ.get("RANK", 0)) == 0
-    return files.locked(folder, "--output_dir") if is_first else nullcontext()
+    return files.locked(folder, "--output_dir")
 
 
 def check_output(folder: Path, *, resume: bool | Literal["auto"], overwrite: bool) -> bool:

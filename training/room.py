@@ -41,7 +41,9 @@ def check_room(
     frames = crop_frames(config, model[0].dataset.segment_duration, frame_rate(model[1]), tracks)
 
     def need_of(config: Config) -> Need:
-        return estimate(config, model, frames, DTYPES[precision], encodes=not tracks[0].codec)
+        dtype, processes = DTYPES[precision], accelerator.num_processes
+        encodes = not tracks[0].codec
+        return estimate(config, model, frames, dtype, encodes=encodes, processes=processes)
 
     for line in compare(config, free, need_of):
         say(accelerator, line)

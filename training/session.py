@@ -6,6 +6,7 @@ P pitch classes.
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from musicgen.load import Model
 from musicgen.text import TextEncoder
 from training.ema import EMA
 from training.plan import Plan
+from training.processes import Processes
 from training.report import Report
 from training.tuning import Tuning
 from training.writer import Writer
@@ -37,6 +39,7 @@ class Session:
 
     config: Config
     accelerator: Accelerator
+    processes: Processes
     precision: str  # and the reason for it
     model: Model
     tuning: Tuning
@@ -54,6 +57,7 @@ class Session:
     step: int = 0
     resumed: str | None = None  # where a resumed run continues
     is_whole: bool = True  # False during an update: the weights belong to no step
+    lock: threading.Lock = field(default_factory=threading.Lock)  # to change or save the weights
     report: Report | None = None
     wandb_id: str | None = None
     writer: Writer = field(default_factory=Writer)
@@ -61,10 +65,11 @@ class Session:
     @contextlib.contextmanager
     def update(self) -> Iterator[None]:
         """Mark the change of the weights inside the block; count the step."""
-        self.is_whole = False
-        yield
-        self.step += 1
-        self.is_whole = True
+        with self.lock:
+            self.is_whole = False
+            yield
+            self.step += 1
+            self.is_whole = True
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -72,13 +77,14 @@ class Session:
         if self.ema is None:
             yield
             return
-        self.is_whole = False
-        self.ema.swap()
-        try:
-            yield
-        finally:
+        with self.lock:
+            self.is_whole = False
             self.ema.swap()
-            self.is_whole = True
+            try:
+                yield
+            finally:
+                self.ema.swap()
+                self.is_whole = True
 
     @property
     def output(self) -> Path:

@@ -3,7 +3,9 @@
 Letters: T token frames.
 """
 
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import files
 from flags.run import Config
@@ -12,6 +14,7 @@ from musicgen.hub import portable_id
 from musicgen.loss import TokenLoss
 from musicgen.text import TextEncoder
 from musicgen.weights import DTYPES
+from recordings.track import Track
 from training import output
 from training.accelerator import share_gradients, start_accelerator
 from training.data import crop_frames, find_melodies, find_tokens, make_clips
@@ -19,50 +22,64 @@ from training.ema import EMA
 from training.facts import facts_of
 from training.optimizer import make_optimizer, warmup_steps
 from training.plan import make_plan
+from training.processes import Processes
 from training.report import Report, start_wandb
-from training.resume import load_resume, restore, resume_bytes
+from training.resume import fingerprint, load_resume, restore, resume_bytes
 from training.room import check_room
 from training.session import Session
 from training.tracks import Tracks, scan_dataset
 from training.tuning import tuning_of
 
+# Flags that may differ between the machines of a run.
+OWN = {"dataset_path", "valid_path", "output_dir", "model_id", "device", "num_workers"}
 
-def start(config: Config, scanned: Tracks | None = None) -> Session:
+
+def start(config: Config, held: ExitStack, scanned: Tracks | None = None) -> Session:
     """Load and check everything that a run needs, quick checks first.
 
-    The output folder is there, and locked; `scanned` is what `scan_dataset` returns.
+    `scanned` is what `first_checks` returned; without it, the dataset is scanned here.
+    Only the first process touches the output folder, locked until `held` is closed.
     Deletes nothing, and prints nothing but the progress of encoding, and that memory is short.
-    Raises: UserError for what the user can fix; Finished if --resume=auto finds nothing to do.
+    Raises: UserError for what the user can fix; Finished if --resume=auto finds nothing to do. If
+    one process does, all do.
     """
-    folder = Path(config.output_dir)
-    tracks, held_out = scanned or scan_dataset(config)
-    resumes = output.check_output(folder, resume=config.resume, overwrite=config.overwrite)
-    state = load_resume(folder) if resumes else None
-
-    tuning = tuning_of(config)
+    folder, state = Path(config.output_dir), None
     accelerator, precision, why = start_accelerator(config)
+    processes = Processes(accelerator)
+    with processes.together():
+        tracks, held_out = scanned or scan_dataset(config)
+        if processes.is_first:
+            held.enter_context(output.locked(folder))
+            resumes = output.check_output(folder, resume=config.resume, overwrite=config.overwrite)
+            state = load_resume(folder) if resumes else None
+    processes.check_same(_common(config, precision, tracks + held_out))
     check_room(config, tracks, precision, accelerator)
-    layers_dtype = tuning.layers_dtype(DTYPES[precision])
-    model = load.load_model(config.model_id, accelerator.device, layers_dtype=layers_dtype)
-    codec.move(model, "decoder", "cpu")  # only samples need it, see write_samples
-    tokens = find_tokens(config, model, tracks + held_out, accelerator)
-    melodies = find_melodies(config, model, tracks + held_out, accelerator)
+    with processes.together():
+        tuning = tuning_of(config)
+        layers_dtype = tuning.layers_dtype(DTYPES[precision])
+        model = load.load_model(config.model_id, accelerator.device, layers_dtype=layers_dtype)
+        codec.move(model, "decoder", "cpu")  # only samples need it, see write_samples
+        frames = crop_frames(config, model.max_duration, model.frame_rate, tracks)
+    tokens = find_tokens(config, model, tracks + held_out, processes)
+    melodies = find_melodies(config, model, tracks + held_out, processes)
 
-    tuning.prepare(model.lm)
-    trained = tuning.trained(model.lm)
+    with processes.together():
+        tuning.prepare(model.lm)
+        trained = tuning.trained(model.lm)
+        optimizer = make_optimizer(config, trained)
     loss = TokenLoss(model.lm)
     if tuning.new_word:
         # Its gradient comes through the text, from outside, but DDP sums only its own parameters'.
         loss.register_parameter("placeholder", tuning.new_word.vector)
-    if accelerator.num_processes > 1:
+    if processes.count > 1:
         share_gradients(trained.values())
-    module, optimizer = accelerator.prepare(loss, make_optimizer(config, trained))
-    frames = crop_frames(config, model.max_duration, model.frame_rate, tracks)
+    module, optimizer = accelerator.prepare(loss, optimizer)
     clips = make_clips(config, model, tracks, frames, tokens, melodies, training=True)
-    plan = make_plan(config, len(clips), accelerator.num_processes)
+    plan = make_plan(config, len(clips), processes.count)
     session = Session(
         config=config,
         accelerator=accelerator,
+        processes=processes,
         precision=f"{precision} ({why})",
         model=model,
         tuning=tuning,
@@ -78,12 +95,23 @@ def start(config: Config, scanned: Tracks | None = None) -> Session:
         warmup=warmup_steps(config, plan.total_steps),
         prompts=config.sample_prompts or list(dict.fromkeys(t.caption for t in tracks))[:2],
     )
-    if state is not None:
-        restore(session, state)
-    replacing = resumes or config.overwrite
-    output.check_space(folder, _space_needed(session), replacing=replacing)
-    accelerator.wait_for_everyone()  # until all have checked output_dir; then the first changes it
+    state = processes.broadcast(state)
+    with processes.together():
+        if state is not None:
+            restore(session, state)
+        if processes.is_first:
+            replacing = config.overwrite or state is not None
+            output.check_space(folder, _space_needed(session), replacing=replacing)
     return session
+
+
+def _common(config: Config, precision: str, tracks: list[Track]) -> dict[str, Any]:
+    """Return what must be the same in all processes, by a name to tell."""
+    flags = config.model_dump(exclude=OWN)
+    common = {f"--{name}": value for name, value in flags.items()}
+    common["the number format"] = precision
+    common["the recordings or captions"] = fingerprint(tracks)
+    return common
 
 
 def announce(session: Session) -> None:

@@ -5,30 +5,36 @@ import signal
 import sys
 from collections.abc import Iterator
 
-from accelerate import Accelerator
+from training.processes import Processes
 
 
 class StopSignals:
     """Handles Ctrl-C and SIGTERM: the first asks for a stop, the second stops at once."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
         self.requested = 0  # the signal's number
         self.is_saving = False
 
     def __call__(self, number: int, frame: object) -> None:
         if self.is_saving:
-            say(self.accelerator, "saving; please wait")
+            say(self.processes, "saving; please wait")
         elif self.requested:
             raise KeyboardInterrupt
         else:
             self.requested = number
-            say(self.accelerator, "stopping soon and saving everything; once more stops at once")
+            say(self.processes, "stopping soon and saving everything; once more stops at once")
 
     def check(self) -> None:
-        """Stop here if asked to, unless another process would be left waiting."""
-        if self.requested and self.accelerator.num_processes == 1:
+        """Stop here if asked to, or if another process has ended."""
+        self.processes.check()
+        if self.requested:
             raise KeyboardInterrupt
+
+    def check_alone(self) -> None:
+        """Stop here unless others are in the same step: they stop together after it."""
+        if self.processes.count == 1:
+            self.check()
 
 
 @contextlib.contextmanager
@@ -45,6 +51,6 @@ def handled_by(handler: StopSignals) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def say(accelerator: Accelerator, line: str) -> None:
-    if accelerator.is_main_process:
+def say(processes: Processes, line: str) -> None:
+    if processes.is_first:
         print(line, file=sys.stderr, flush=True)

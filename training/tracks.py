@@ -11,19 +11,21 @@ from recordings import scan
 from recordings.track import Track, stable_hash
 from recordings.wording import in_front
 from training import output
-from training.launch import check_launch
+from training.launch import check_launch, process_count
 
 Tracks = tuple[list[Track], list[Track]]  # training, held out
 
 
-def first_checks(config: Config) -> Tracks:
-    """Return the dataset's tracks; check the output folder too, unless nothing will be written.
+def first_checks(config: Config) -> Tracks | None:
+    """Return the dataset's tracks; check the launch and the output folder too.
 
+    Returns None if several processes train: one that ended here would leave the others waiting,
+    so they do this once they can tell each other.
     Raises: UserError for what the user can fix; Finished if --resume=auto finds nothing to do.
     """
-    if config.dry_run:
-        return scan_dataset(config)
     check_launch()
+    if process_count() > 1:
+        return None
     tracks = scan_dataset(config)
     folder = Path(config.output_dir)
     with output.locked(folder):  # train() locks it, and looks again

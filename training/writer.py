@@ -32,13 +32,14 @@ class Writer:
 
     def wait(self) -> None:
         """Wait for the job, and raise its error."""
-        if not self._job:
+        job = self._job  # another thread may be waiting, too
+        if not job:
             return
         try:
-            self._job.result()
+            job.result()
         finally:  # a second Ctrl-C ends only the waiting
-            if self._job.done():
-                self.has_failed = self._job.exception() is not None
+            if job.done():
+                self.has_failed = job.exception() is not None
                 self._job = None
 
 

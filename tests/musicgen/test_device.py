@@ -185,7 +185,7 @@ def run(mono_folder, make_pairs, fake_mode, tmp_path, monkeypatch) -> Session:
     """A session on the pretended GPU, whose backward pass and optimizer do nothing."""
     with unset_fake_temporarily():
         config = tiny_config(mono_folder, make_pairs(), tmp_path / "run", grad_acc=2)
-        run = start(config)
+        run = start(config, contextlib.ExitStack())
     to_cuda(run.model.lm, run.model.compression_model, run.text_encoder.conditioner.t5)
     run.trained = dict(run.model.lm.named_parameters())
     run.accelerator = SimpleNamespace(
@@ -210,7 +210,7 @@ def last_statement(error: pytest.ExceptionInfo[BaseException]) -> str:
 def test_a_training_step_comes_on_the_gpu_to_its_one_sync_point(run, monkeypatch):
     monkeypatch.setattr(train, "_do_what_is_due", lambda run, stop: None)
     with pytest.raises(DataDependentOutputException) as error:
-        train._loop(run, stop.StopSignals(run.accelerator), batches())
+        train._loop(run, stop.StopSignals(run.processes), batches())
     assert ".tolist()" in last_statement(error)
 
 

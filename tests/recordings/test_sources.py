@@ -1,5 +1,6 @@
 """Data as people have it: any format, captions wherever they are, give what the wav twin gives."""
 
+import contextlib
 import csv
 import json
 import os
@@ -465,7 +466,7 @@ def test_held_out_clips_and_samples_have_the_plain_text(mono_folder, tmp_path):
         merge_text_p=1.0,
         trigger="x",
     )
-    run = start(config)
+    run = start(config, contextlib.ExitStack())
     assert {run.held_out[Pick(e, 0)].caption for e in range(9)} == {"x, A waltz."}
     assert len({run.clips[Pick(e, 0)].caption for e in range(9)}) > 4
     assert run.prompts == ["x, A waltz."]

@@ -3,6 +3,7 @@
 They run the main script again too, by another name; test_flags.py tests that it imports no torch.
 """
 
+import contextlib
 import multiprocessing
 from collections.abc import Iterator
 
@@ -50,7 +51,8 @@ def test_reading_audio_tokens_and_melodies_imports_no_model_code(
     data, clips = make_pairs(), list[Clips]()
     for cache_tokens in (1, 0):
         flags = {"cache_tokens": cache_tokens, "trigger": "a word", "merge_text_p": 0.5}
-        session = start(tiny_config(mono_folder, data, tmp_path / "run", **flags))
+        config = tiny_config(mono_folder, data, tmp_path / "run", **flags)
+        session = start(config, contextlib.ExitStack())
         clips.append(session.clips)
     conditioner = melody_conditioner(load.load_model(str(melody_folder), torch.device("cpu")).lm)
     melodies = melodies_of(conditioner)
