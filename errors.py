@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -87,7 +88,8 @@ def is_lost_process(error: BaseException) -> bool:
 
 def end_after_loss(error: BaseException) -> None:
     """End this process at once: a usual exit may wait for the lost one."""
-    reason = " ".join(str(error).split())[-200:]
+    place = r"^\[[^]]*\] *"  # in gloo's source
+    reason = re.sub(place, "", str(error).split("\n")[0]).split(". ")[0]
     _tell(f"another process of this run has ended or can't be reached ({reason}). {ADVICE_LOST}")
     sys.stdout.flush()
     os._exit(1)

@@ -1,5 +1,7 @@
 """How a run was launched: what would train wrongly is refused, what a saved config adds is not."""
 
+import contextlib
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -70,3 +72,19 @@ def test_a_second_run_in_a_program_may_have_another_precision(fit, mono_folder, 
     fit(mono_folder, data, "exact", max_steps=1)
     rounded = fit(mono_folder, data, "rounded", max_steps=1, precision="bf16")
     assert len(metrics(rounded)) == 1
+
+
+def test_gloo_takes_the_network_that_leads_to_the_first_machine(monkeypatch):
+    """By this machine's name it would often find 127.0.0.1, which no other machine can reach."""
+    probe = contextlib.nullcontext(
+        SimpleNamespace(connect=lambda _: None, getsockname=lambda: ("10.0.0.5", 1))
+    )
+    cards = {"lo": "127.0.0.1", "eth7": "10.0.0.5", "eth8": "192.168.0.5"}
+    found = {name: [SimpleNamespace(address=address)] for name, address in cards.items()}
+    monkeypatch.setattr(accelerator.socket, "socket", lambda *_: probe)
+    monkeypatch.setattr(accelerator.psutil, "net_if_addrs", lambda: found)
+    environment = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "first", "MASTER_PORT": "29500"}
+    monkeypatch.setattr(os, "environ", environment)
+    accelerator._choose_interface()
+    assert environment["GLOO_SOCKET_IFNAME"] == "eth7"
