@@ -207,7 +207,9 @@ def test_module_is_there_with_its_command_and_flags(command):
 
 
 OTHERS = {"help", "flag", "no-deps", "nproc_per_node", "multi_gpu", "num_processes"}
-OTHERS |= {"max-restarts"}  # torchrun
+OTHERS |= {"nnodes", "node_rank", "master_addr", "master_port", "max-restarts"}  # torchrun's
+OTHERS |= {"nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time"}  # Slurm's
+OTHERS |= {"requeue", "open-mode"}
 OTHERS |= {"size", "repeats", "loop_steps"}  # benchmarks/step.py
 
 
