@@ -1,6 +1,5 @@
 """Estimate the device memory that a run needs, and what would lower it."""
 
-
 import torch
 
 from errors import count
