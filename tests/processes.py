@@ -19,6 +19,9 @@ import run
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+    "restarts": [  # and started again after a failure
+        *("torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3")
+    ],
     "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2"],
 }
 

@@ -9,13 +9,19 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+)
 from torch import nn
 
 from errors import UserError
 from flags.run import Config
 from musicgen.device import choose_device
 from training.launch import check_launch, local_process_count, process_count
+from training.meeting import init_method
 
 
 def start_accelerator(config: Config) -> tuple[Accelerator, str, str]:
@@ -54,13 +60,16 @@ def start_accelerator(config: Config) -> tuple[Accelerator, str, str]:
     # A run before this one in the same program may have had another device or precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     _choose_interface()
+    kwargs: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    if process_count() > 1:
+        kwargs.append(InitProcessGroupKwargs(init_method=init_method()))
     # All that a saved Accelerate config could change is given here.
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=mixed,
         dynamo_backend="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=kwargs,
     )
     if accelerator.device.type != device:
         raise UserError(
