@@ -94,14 +94,31 @@ def _end_if_stuck(run: Session, stop: StopSignals, first_step: int) -> None:
     """
     lost = LostProcess("its connection was closed")
     time.sleep(GRACE_SEC)
-    if run.lock.acquire(timeout=GRACE_SEC):
-        with contextlib.suppress(UserError):
-            run.writer.wait()
-        if run.report and run.step > first_step:
-            _save_after_error(run, lost)
-    elif stop.is_saving:
+    run.saving.acquire()  # wait for what the main thread writes: it isn't stuck then
+    has_lock = run.lock.acquire(timeout=GRACE_SEC)
+    if not has_lock and stop.is_saving:
         return
-    end_after_loss(lost)
+    try:
+        if has_lock:
+            with contextlib.suppress(UserError):
+                run.writer.wait()
+            if run.report and run.step > first_step:
+                with _beside_waiting_work(run.accelerator.device):
+                    _save_after_error(run, lost)
+    except Exception as error:  # whatever it is, this process must end
+        say(run.processes, f"could not be saved: {error}")
+    finally:
+        end_after_loss(lost)
+
+
+def _beside_waiting_work(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Copy from the GPU without waiting for its main stream, which may wait for NCCL for ever.
+
+    The last update of the weights came before that in the stream, so it is done.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))
 
 
 def _save_after_error(run: Session, error: BaseException) -> None:

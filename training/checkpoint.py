@@ -17,7 +17,12 @@ def save_checkpoint(session: Session) -> None:
     checkpoint of its step again.
     Raises: UserError if the disk is full, then or at the checkpoint before.
     """
-    session.writer.wait()  # never two copies
+    with session.saving:
+        session.writer.wait()  # never two copies
+        _save_checkpoint(session)
+
+
+def _save_checkpoint(session: Session) -> None:
     lm, tuning = session.model.lm, session.tuning
     state = resume_state(session)
     if has_room(size_of([state, tuning.learned(lm)])):
@@ -33,7 +38,12 @@ def save_checkpoint(session: Session) -> None:
 
 def save_last(session: Session) -> None:
     """Write what a finished run leaves; before it, a last checkpoint if one is due."""
-    session.writer.wait()
+    with session.saving:
+        session.writer.wait()
+        _save_last(session)
+
+
+def _save_last(session: Session) -> None:
     config, lm, path = session.config, session.model.lm, session.output / output.RESUME
     if config.save_step and not path.exists():
         save_tensors(path, resume_state(session))

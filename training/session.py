@@ -58,6 +58,7 @@ class Session:
     resumed: str | None = None  # where a resumed run continues
     is_whole: bool = True  # False during an update: the weights belong to no step
     lock: threading.Lock = field(default_factory=threading.Lock)  # to change or save the weights
+    saving: threading.Lock = field(default_factory=threading.Lock)  # held by who writes checkpoints
     report: Report | None = None
     wandb_id: str | None = None
     writer: Writer = field(default_factory=Writer)

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,6 +202,45 @@ def test_a_process_that_waits_for_a_killed_one_saves_and_ends(
     assert state["step"] >= 2
 
 
+@pytest.fixture
+def stuck(monkeypatch) -> SimpleNamespace:
+    """A run whose main thread waits for a lost process, and what was done about it."""
+    run = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")), told=[])
+    run.processes = SimpleNamespace(is_first=True)
+    run.writer, run.report, run.step = SimpleNamespace(wait=lambda: None), True, 3
+    run.lock, run.saving = threading.Lock(), threading.Lock()
+    monkeypatch.setattr(train_module, "GRACE_SEC", 0.01)
+    monkeypatch.setattr(train_module, "_save_after_error", lambda *_: run.told.append("saved"))
+    monkeypatch.setattr(train_module, "end_after_loss", lambda _: run.told.append("ended"))
+    return run
+
+
+def end(run: SimpleNamespace) -> threading.Thread:
+    stop: Any = SimpleNamespace(is_saving=False)
+    thread = threading.Thread(target=train_module._end_if_stuck, args=(run, stop, 0), daemon=True)
+    thread.start()
+    return thread
+
+
+def test_what_the_main_thread_writes_is_not_written_over_by_another_thread(stuck):
+    with stuck.saving:
+        thread = end(stuck)
+        thread.join(0.5)
+        assert stuck.told == []
+    thread.join(10)
+    assert stuck.told == ["saved", "ended"]
+
+
+def test_a_process_ends_after_a_loss_even_if_it_can_not_save(stuck, monkeypatch, capsys):
+    def full(*_):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(train_module, "_save_after_error", full)
+    end(stuck).join(10)
+    assert stuck.told == ["ended"]
+    assert "could not be saved: the disk is full" in capsys.readouterr().err
+
+
 def test_two_machines_train_as_one_process(alone, dataset, mono_folder, tmp_path, processes):
     """Each with its own cache and output folder; the first one's alone is used."""
     machines = [tmp_path / "first", tmp_path / "second"]
@@ -245,4 +285,21 @@ def test_when_torchrun_loses_a_process_the_other_saves_and_ends(
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert "step 3/8  loss" not in stdout
+    assert_same_run(alone, output, 1e-6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("killed", ["0", "1"])
+def test_torchrun_starts_again_after_a_kill(killed, alone, dataset, mono_folder, tmp_path):
+    output = tmp_path / "out"
+    same = {**options(dataset, mono_folder, output), "cache_tokens": 1, "save_step": 1}
+    process = launch("restarts", *flags_of(same), "--resume=auto")
+    assert process.stdout
+    while not process.stdout.readline().startswith("step 3/"):
+        assert process.poll() is None
+    workers = psutil.Process(process.pid).children()
+    next(w for w in workers if w.environ()["RANK"] == killed).kill()
+    stdout, stderr = process.communicate(timeout=180)
+    assert process.returncode == 0, stderr
+    assert "resumed    after step" in stdout
     assert_same_run(alone, output, 1e-6)
