@@ -7,10 +7,11 @@ from errors import count, few
 from flags.run import Config
 from musicgen.melody import melody_conditioner
 from recordings.track import Track
+from training.host import free_memory
 from training.report import format_seconds
 from training.resume import copy_bytes
 from training.session import Session
-from training.writer import free_memory, has_room
+from training.writer import has_room
 
 
 def facts_of(session: Session) -> dict[str, str]:

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import psutil
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from training.host import free_memory
 
 MARGIN = 1.1  # times the copy must be free: the rest of the program grows too
 
@@ -57,10 +58,6 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 def has_room(size: int) -> bool:
     """Return whether a copy of so many bytes fits into the computer's memory."""
     return MARGIN * size < free_memory()
-
-
-def free_memory() -> int:
-    return psutil.virtual_memory().available
 
 
 def size_of(tree: Any) -> int:
