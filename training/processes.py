@@ -55,12 +55,12 @@ class Processes:
             yield
         except (UserError, Finished) as error:
             reason = error
-        for first in filter(None, self._gather(reason)):
+        for first in filter(None, self.gather(reason)):
             raise first
 
     def check_same(self, facts: dict[str, Any]) -> None:
         """Raise UserError, in all processes, if the facts are not the same in all."""
-        first, *others = self._gather(facts)
+        first, *others = self.gather(facts)
         for rank, other in enumerate(others, start=1):
             if different := [name for name in first if other[name] != first[name]]:
                 raise UserError(
@@ -68,7 +68,8 @@ class Processes:
                     f"{', '.join(different)}: start all with the same flags and the same dataset"
                 )
 
-    def _gather(self, mine: Any) -> list[Any]:
+    def gather(self, mine: Any) -> list[Any]:
+        """Return what each process gives, in all of them."""
         gathered = [mine] * self.count
         if self.count > 1:
             distributed.all_gather_object(gathered, mine, group=self._patient)

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from errors import UserError
 from flags.run import Config
@@ -14,6 +12,7 @@ from musicgen.weights import DTYPES
 from recordings.track import Track
 from training.data import crop_frames
 from training.memory import Need, estimate
+from training.processes import Processes
 from training.stop import say
 
 # Runs on the CPU took up to 5 % more than was computed (docs/memory.md). What else a GPU takes is
@@ -24,7 +23,7 @@ LIBRARIES = 500 * 10**6
 
 
 def check_room(
-    config: Config, tracks: list[Track], precision: str, accelerator: Accelerator
+    config: Config, tracks: list[Track], precision: str, device: torch.device, processes: Processes
 ) -> None:
     """Say, before the weights are loaded, if a run does not fit or hardly fits into its card.
 
@@ -32,21 +31,20 @@ def check_room(
     CUDA.
     Raises: UserError if not even weights, gradients and optimizer state fit.
     """
-    free = free_bytes(accelerator.device)
+    free = free_bytes(device)
     if free is None:
         return
-    free = min(gather_object([free]))
+    free = min(processes.gather(free))
     config = config.model_copy(update={"precision": precision})  # rules out remedies it lacks
     model = configs(config.model_id)
     frames = crop_frames(config, model[0].dataset.segment_duration, frame_rate(model[1]), tracks)
 
     def need_of(config: Config) -> Need:
-        dtype, processes = DTYPES[precision], accelerator.num_processes
-        encodes = not tracks[0].codec
-        return estimate(config, model, frames, dtype, encodes=encodes, processes=processes)
+        dtype, encodes = DTYPES[precision], not tracks[0].codec
+        return estimate(config, model, frames, dtype, encodes=encodes, processes=processes.count)
 
     for line in compare(config, free, need_of):
-        say(accelerator, line)
+        say(processes, line)
 
 
 def free_bytes(device: torch.device) -> int | None:

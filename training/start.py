@@ -53,7 +53,7 @@ def start(config: Config, held: ExitStack, scanned: Tracks | None = None) -> Ses
             resumes = output.check_output(folder, resume=config.resume, overwrite=config.overwrite)
             state = load_resume(folder) if resumes else None
     processes.check_same(_common(config, precision, tracks + held_out))
-    check_room(config, tracks, precision, accelerator)
+    check_room(config, tracks, precision, accelerator.device, processes)
     with processes.together():
         tuning = tuning_of(config)
         layers_dtype = tuning.layers_dtype(DTYPES[precision])

@@ -34,7 +34,7 @@ def have(free, monkeypatch):
 NEED = memory.Need(
     **{"parameters": 2 * GB, "trained": 2 * GB, "weights": 8 * GB, "gradients": 8 * GB},
     **{"optimizer": 16 * GB, "activations": 10 * GB, "encoders": GB, "encoding": GB},
-    **{"beforehand": 0, "accumulates": False},
+    **{"beforehand": 0, "keeps_gradients": False},
 )
 
 
