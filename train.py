@@ -92,7 +92,7 @@ def _end_if_stuck(run: Session, stop: StopSignals, first_step: int) -> None:
 
     gloo raises an error in the main thread, which then does so; NCCL would wait for minutes.
     """
-    lost = LostProcess("its connection was closed")
+    lost = LostProcess("its connection was lost")
     time.sleep(GRACE_SEC)
     run.saving.acquire()  # wait for what the main thread writes: it isn't stuck then
     has_lock = run.lock.acquire(timeout=GRACE_SEC)

@@ -19,6 +19,7 @@ from training.launch import local_process_count
 # themselves have torch's own limit.
 PATIENCE = timedelta(hours=12)
 BEAT_SEC = 0.5
+SILENCE = timedelta(minutes=1)  # without a beat: a machine that lost power closes no connection
 
 
 class Processes:
@@ -37,7 +38,7 @@ class Processes:
         self._watch: threading.Thread | None = None
         if self.count > 1:
             self._patient: Any = distributed.new_group(backend="gloo", timeout=PATIENCE)
-            self._beating: Any = distributed.new_group(backend="gloo", timeout=PATIENCE)
+            self._beating: Any = distributed.new_group(backend="gloo", timeout=SILENCE)
 
     def wait(self) -> None:
         """Wait until all processes have come here, for hours if need be."""
@@ -106,7 +107,7 @@ class Processes:
                     is_last = torch.tensor([float(self._is_leaving.is_set())])
                     minimum = distributed.ReduceOp.MIN
                     distributed.all_reduce(is_last, minimum, group=self._beating)
-            except RuntimeError:  # the other one's system has closed its connections
+            except RuntimeError:  # closed by the other one's system, or silent for too long
                 self.is_one_lost = True
                 on_loss()
 
@@ -117,7 +118,7 @@ class Processes:
     def check(self) -> None:
         """Raise LostProcess if another process is known to have ended."""
         if self.is_one_lost:
-            raise LostProcess("its connection was closed")
+            raise LostProcess("its connection was lost")
 
     def leave(self) -> None:
         """Wait until all processes are done. Raises: LostProcess if one has ended before."""

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from flags.run import Config
 from run import main as run_main
 from train import train
 from training import data
+from training import processes as processes_module
 from training.accelerator import start_accelerator
 from training.processes import Processes
 
@@ -200,6 +202,26 @@ def test_a_process_that_waits_for_a_killed_one_saves_and_ends(
     assert "another process of this run has ended" in errors
     state = torch.load(output / "resume.pt", weights_only=True)
     assert state["step"] >= 2
+
+
+def notice_silence_soon() -> None:
+    processes_module.SILENCE, train_module.GRACE_SEC = timedelta(seconds=3), 1.0
+    run_main()
+
+
+def test_a_process_that_falls_silent_counts_as_lost(dataset, mono_folder, tmp_path, processes):
+    """Its connections stay open, as those of a machine that has lost power or the network."""
+    output, main = tmp_path / "out", notice_silence_soon
+    words = flags_of(options(dataset, mono_folder, output))
+    both = Started(processes, tmp_path / "logs", *words, main=main, count=2)
+    wait_for_step(both, output, 2)
+    os.kill(both.processes[1].pid or 0, signal.SIGSTOP)
+    both.processes[0].join(60)
+    os.kill(both.processes[1].pid or 0, signal.SIGKILL)
+    codes, _, errors = both.end()
+    assert codes == {1, -signal.SIGKILL}
+    assert "saved: continue with the same flags" in errors
+    assert "another process of this run has ended" in errors
 
 
 @pytest.fixture
