@@ -82,6 +82,8 @@ def _train(run: Session) -> None:
             stop.is_saving = True
             if run.report:
                 run.report.close(failed=failed)
+            if failed:
+                processes.fail()
     if run.report:
         print(f"done: {run.final}")
     run.accelerator.end_training()

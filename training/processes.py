@@ -35,6 +35,7 @@ class Processes:
         self.is_first = accelerator.is_main_process
         self.is_one_lost = False  # known once `watch` was called
         self._is_leaving = threading.Event()
+        self._has_failed = False
         self._watch: threading.Thread | None = None
         if self.count > 1:
             self._patient: Any = distributed.new_group(backend="gloo", timeout=PATIENCE)
@@ -104,6 +105,8 @@ class Processes:
             try:
                 while not is_last:
                     self._is_leaving.wait(BEAT_SEC)
+                    if self._has_failed:
+                        return
                     is_last = torch.tensor([float(self._is_leaving.is_set())])
                     minimum = distributed.ReduceOp.MIN
                     distributed.all_reduce(is_last, minimum, group=self._beating)
@@ -112,7 +115,7 @@ class Processes:
                 on_loss()
 
         if self.count > 1:
-            self._watch = threading.Thread(target=beat, daemon=True)
+            self._watch = threading.Thread(target=beat, daemon=True, name="watch")
             self._watch.start()
 
     def check(self) -> None:
@@ -126,6 +129,15 @@ class Processes:
         while self._watch and self._watch.is_alive() and not self.is_one_lost:
             self._watch.join(BEAT_SEC)
         self.check()
+
+    def fail(self) -> None:
+        """Stop watching, before this process ends without the others.
+
+        Python aborts if it ends while a thread waits in gloo.
+        """
+        self._has_failed = True
+        if self._watch:
+            self._watch.join(2 * BEAT_SEC)
 
 
 @dataclass

@@ -224,6 +224,25 @@ def test_a_process_that_falls_silent_counts_as_lost(dataset, mono_folder, tmp_pa
     assert "another process of this run has ended" in errors
 
 
+def tell_who_watches() -> None:
+    try:
+        run_main()
+    finally:
+        print(os.environ["RANK"], [t.name for t in threading.enumerate() if t.name == "watch"])
+
+
+def test_a_process_that_ends_first_has_stopped_watching(dataset, mono_folder, tmp_path, processes):
+    """Python would abort if the thread waited in gloo then: "terminate called"."""
+    output = tmp_path / "out"
+    words = flags_of(options(dataset, mono_folder, output))
+    both = Started(processes, tmp_path / "logs", *words, main=tell_who_watches, count=2)
+    wait_for_step(both, output, 2)
+    both.signal(signal.SIGTERM)
+    codes, told, errors = both.end()
+    assert codes == {143}, errors
+    assert "1 []" in told
+
+
 @pytest.fixture
 def stuck(monkeypatch) -> SimpleNamespace:
     """A run whose main thread waits for a lost process, and what was done about it."""
