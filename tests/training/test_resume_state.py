@@ -1,5 +1,6 @@
 """A resume state is read from its file piece by piece, and the file is let go."""
 
+import contextlib
 import gc
 import sys
 from pathlib import Path
@@ -40,8 +41,9 @@ def test_it_is_held_once_and_its_file_is_let_go(
 
     monkeypatch.setattr(start, "restore", watched)
     config = tiny_config(mono_folder, data, output, max_steps=2, resume=True, **flags)
-    session = start.start(config)
-    gc.collect()
-    assert mapped == [True]
-    assert not is_mapped(output / "resume.pt")
-    assert session.step == 1
+    with contextlib.ExitStack() as held:
+        session = start.start(config, held)
+        gc.collect()
+        assert mapped == [True]
+        assert not is_mapped(output / "resume.pt")
+        assert session.step == 1
