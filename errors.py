@@ -16,7 +16,7 @@ class UserError(Exception):
 
 
 class Problem(NamedTuple):
-    """What is wrong with a file; the reason does not name the file, so that others can share it."""
+    """A file and its fault; the reason does not name the file, so that others can share it."""
 
     name: str
     reason: str

@@ -11,7 +11,7 @@ from recordings.track import Track
 
 
 class Encoded(NamedTuple):
-    """What to encode: the file of tokens of each recording, and the headers of those there."""
+    """The file of tokens to make of each recording, and the headers of those made earlier."""
 
     made: dict[Path, Track]
     earlier: dict[Path, Header]

@@ -1,4 +1,4 @@
-"""What is known of a recording's sound, and whether it can be trained on."""
+"""The facts of a recording's sound, and checks that it can be trained on."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""What libsndfile can't read, or not exactly, with PyAV: length, crops and tags.
+"""Read what libsndfile can't, or not exactly, with PyAV: length, crops and tags.
 
 Only mp4 and its kin store each packet's exact position, so that a crop can be sought. In other
 containers a position may be rounded, so samples are counted from the start; in some, packets before

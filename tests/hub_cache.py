@@ -180,7 +180,7 @@ OLD_T5 = {
 
 
 class Sizes(NamedTuple):
-    """What differs between a narrow copy and one of the published size."""
+    """The settings in which a narrow copy differs from one of the published size."""
 
     lm: dict[str, Any]
     codec: dict[str, Any]

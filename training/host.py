@@ -1,4 +1,4 @@
-"""How much of the computer's memory this process can still take."""
+"""Find how much of the computer's memory this process can still take."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""How a run was launched: what torchrun and Accelerate's launcher say in the environment."""
+"""Read from the environment how torchrun or Accelerate has launched a run."""
 
 import os
 

@@ -102,7 +102,7 @@ class Session:
 
     @property
     def trained_size(self) -> tuple[int, int]:
-        """How many numbers learn, and their bytes."""
+        """Return how many numbers learn, and their bytes."""
         parameters = list(self.trained.values())
         return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
 

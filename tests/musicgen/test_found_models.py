@@ -125,7 +125,7 @@ def test_a_file_of_an_old_torch_is_read(mono, mono_folder, tmp_path):
 
 
 class Code:
-    """What runs code while it is unpickled."""
+    """An object that runs code while it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -56,7 +56,7 @@ def put_mp3(path: Path, seconds: float, header: bool, seed: int = 0) -> None:
 
 
 def packets(path: Path) -> list[int]:
-    """Where each packet begins."""
+    """Return the position of each packet."""
     with av.open(str(path)) as file:
         return [packet.pos for packet in file.demux(audio=0) if packet.size]
 

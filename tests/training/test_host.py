@@ -1,4 +1,4 @@
-"""What is free in a container or a job counts, not only what is free on its computer."""
+"""Free memory is that of the container or the job, not only that of its computer."""
 
 from pathlib import Path
 

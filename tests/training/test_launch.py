@@ -1,4 +1,4 @@
-"""How a run was launched: what would train wrongly is refused, what a saved config adds is not."""
+"""A launch that would train wrongly is refused; what a saved config adds has no effect."""
 
 import contextlib
 import os
