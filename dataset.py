@@ -96,7 +96,7 @@ class Clips(Dataset[Clip]):
         drop_melody: float = 0.0,
     ) -> None:
         self.tracks = tracks
-        counts = [track.crops(samples, sample_rate) if by_length else 1 for track in tracks]
+        counts = clip_counts(tracks, samples, sample_rate, by_length=by_length)
         self.firsts = np.cumsum([0, *counts])  # each track's first clip, and the number of all
         self.sample_rate = sample_rate
         self.channels = channels
@@ -175,6 +175,11 @@ class Clips(Dataset[Clip]):
         words = caption.split()
         keep = rng.random(len(words)) >= self.drop_word
         return " ".join(word for word, kept in zip(words, keep, strict=True) if kept)
+
+
+def clip_counts(tracks: list[Track], length: int, rate: int, *, by_length: bool) -> list[int]:
+    """Return how many clips of `length` at `rate` a second each track gives in an epoch."""
+    return [track.crops(length, rate) if by_length else 1 for track in tracks]
 
 
 def collate(clips: list[Clip]) -> Batch:

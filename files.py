@@ -109,6 +109,17 @@ def locked(output: Path, flag: str) -> Iterator[None]:
             lock.release()
 
 
+@contextlib.contextmanager
+def locked_folder(folder: Path, flag: str) -> Iterator[None]:
+    """Make a folder if it is missing, and keep other processes from writing to it in the block.
+
+    Raises: UserError if it can't be made or written to, or that names the process that has it.
+    """
+    check_writable(folder, flag)
+    with locked(folder, flag):
+        yield
+
+
 def check_outside(path: Path, folder: str, flag: str) -> None:
     """Raise UserError if `path`, the value of `flag`, is in the input folder."""
     root = Path(folder).resolve()

@@ -58,8 +58,7 @@ def _encode() -> bool:
     config = parse(EncodeConfig)
     out = Path(config.output_dir)
     files.check_outside(out, config.dataset_path, "--output_dir")
-    files.check_writable(out, "--output_dir")
-    with files.locked(out, "--output_dir"):
+    with files.locked_folder(out, "--output_dir"):
         encoded = encode_files.check(config)
         from commands.encode import encode  # imports torch: only once all of this is good
 

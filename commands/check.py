@@ -59,8 +59,7 @@ def check(config: CheckConfig) -> bool:
         return _check(config, None)
     target = Path(config.fix)
     files.check_outside(target, config.dataset_path, "--fix")
-    files.check_writable(target, "--fix")
-    with files.locked(target, "--fix"):
+    with files.locked_folder(target, "--fix"):
         if set(target.iterdir()) - {target / files.LOCK}:
             raise UserError(f"--fix={target}: holds files already; name a new folder")
         return _check(config, target)

@@ -44,8 +44,7 @@ def clean(config: CleanConfig) -> bool:
     """
     out = Path(config.output_dir)
     files.check_outside(out, config.dataset_path, "--output_dir")
-    files.check_writable(out, "--output_dir")
-    with files.locked(out, "--output_dir"):
+    with files.locked_folder(out, "--output_dir"):
         return _clean_all(config, out)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from dataset import clip_counts
 from errors import count
 from flags.run import Config
 from musicgen.config import configs
@@ -27,7 +28,7 @@ def dry_run(config: Config, tracks: list[Track]) -> str:
     codec_cfg = model[1]
     rate = frame_rate(codec_cfg)
     frames = crop_frames(config, model[0].dataset.segment_duration, rate, tracks)
-    clips = [track.crops(frames, round(rate)) if config.crops_by_length else 1 for track in tracks]
+    clips = clip_counts(tracks, frames, round(rate), by_length=config.crops_by_length)
     processes = process_count()
     plan = make_plan(config, sum(clips), processes)
     share = f"; {plan.clips} an epoch, in proportion to length" if config.crops_by_length else ""

@@ -39,8 +39,7 @@ def shard(config: ShardConfig) -> bool:
     files.check_outside(out, config.dataset_path, "--output_dir")
     tracks = scan.scan(config.dataset_path, **config.captions)
     plan = _plan(tracks, config.shard_mb * MB)
-    files.check_writable(out, "--output_dir")
-    with files.locked(out, "--output_dir"):
+    with files.locked_folder(out, "--output_dir"):
         _write_all(config, out, plan)
     return True
 

@@ -10,6 +10,7 @@ from recordings.track import Track
 from training.host import free_memory
 from training.report import format_seconds
 from training.resume import copy_bytes
+from training.room import gb
 from training.session import Session
 from training.writer import has_room
 
@@ -49,10 +50,10 @@ def _saving_facts(session: Session) -> str | None:
     config = session.config
     if config.save_step:
         needed, free = copy_bytes(config, *session.trained_size), free_memory()
-        size = f"{needed / 1e9:.1f} GB of the computer's memory"
+        size = f"{gb(needed)} of the computer's memory"
         if has_room(needed):
             return f"while training goes on, from a copy that takes {size}"
-        return f"training waits meanwhile: a copy would take {size}, {free / 1e9:.1f} GB are free"
+        return f"training waits meanwhile: a copy would take {size}, {gb(free)} are free"
     if config.resume == "auto":
         return "only at the end, or when stopped: a kill loses all steps (see --save_step)"
     return None

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
@@ -41,15 +40,6 @@ def prune(folder: Path, keep: int) -> None:
     if keep:
         for path in checkpoints(folder)[:-keep]:
             path.unlink()
-
-
-def locked(folder: Path) -> AbstractContextManager[None]:
-    """Keep other runs out of the output folder inside a block.
-
-    Raises: UserError that names the run that is there.
-    """
-    files.check_writable(folder, "--output_dir")
-    return files.locked(folder, "--output_dir")
 
 
 def check_output(folder: Path, *, resume: bool | Literal["auto"], overwrite: bool) -> bool:

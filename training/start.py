@@ -49,10 +49,11 @@ def start(config: Config, held: ExitStack, scanned: Tracks | None = None) -> Ses
     with processes.together():
         tracks, held_out = scanned or scan_dataset(config)
         if processes.is_first:
-            held.enter_context(output.locked(folder))
+            held.enter_context(files.locked_folder(folder, "--output_dir"))
             resumes = output.check_output(folder, resume=config.resume, overwrite=config.overwrite)
             state = load_resume(folder) if resumes else None
-    processes.check_same(_common(config, precision, tracks + held_out))
+    if processes.count > 1:
+        processes.check_same(_common(config, precision, tracks + held_out))
     check_room(config, tracks, precision, accelerator.device, processes)
     with processes.together():
         tuning = tuning_of(config)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import files
 from errors import UserError
 from flags.run import Config
 from recordings import scan
@@ -28,7 +29,7 @@ def first_checks(config: Config) -> Tracks | None:
         return None
     tracks = scan_dataset(config)
     folder = Path(config.output_dir)
-    with output.locked(folder):  # train() locks it, and looks again
+    with files.locked_folder(folder, "--output_dir"):  # train() locks it, and looks again
         output.check_output(folder, resume=config.resume, overwrite=config.overwrite)
     return tracks
 
