@@ -5,12 +5,13 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import distributed
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_map_only
 
 from errors import Finished, LostProcess, UserError
 from training.launch import local_process_count
@@ -159,30 +160,25 @@ class _Wrapper:
 
 def _take_out(content: Any, tensors: list[torch.Tensor]) -> Any:
     """Return `content` without its tensors, which are added to `tensors`."""
-    if isinstance(content, dict):
-        return {name: _take_out(value, tensors) for name, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return type(content)([_take_out(value, tensors) for value in content])
-    if not isinstance(content, torch.Tensor):
-        return content
-    if is_traceable_wrapper_subclass(content):
-        names, context = content.__tensor_flatten__()
-        parts = {name: _take_out(getattr(content, name), tensors) for name in names}
-        return _Wrapper(type(content), parts, context, content.size(), content.stride())
-    tensors.append(content)
-    return _Tensor(content.shape, content.dtype)
+
+    def take(tensor: torch.Tensor) -> _Tensor | _Wrapper:
+        if is_traceable_wrapper_subclass(tensor):
+            names, context = tensor.__tensor_flatten__()
+            parts = _take_out({name: getattr(tensor, name) for name in names}, tensors)
+            return _Wrapper(type(tensor), parts, context, tensor.size(), tensor.stride())
+        tensors.append(tensor)
+        return _Tensor(tensor.shape, tensor.dtype)
+
+    return tree_map_only(torch.Tensor, take, content)
 
 
 def _put_back(frame: Any, fill: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Return what `_take_out` made `frame` of; `fill` is given each tensor, in the same order."""
-    if isinstance(frame, dict):
-        return {name: _put_back(value, fill) for name, value in frame.items()}
-    if isinstance(frame, (list, tuple)):
-        return type(frame)([_put_back(value, fill) for value in frame])
-    if isinstance(frame, _Wrapper):
-        parts = {name: _put_back(value, fill) for name, value in frame.parts.items()}
-        kind: Any = frame.kind
-        return kind.__tensor_unflatten__(parts, frame.context, frame.size, frame.stride)
-    if isinstance(frame, _Tensor):
-        return fill(torch.empty(frame.shape, dtype=frame.dtype))
-    return frame
+
+    def put(place: _Tensor | _Wrapper) -> torch.Tensor:
+        if isinstance(place, _Tensor):
+            return fill(torch.empty(place.shape, dtype=place.dtype))
+        parts, kind = _put_back(place.parts, fill), cast(Any, place.kind)
+        return kind.__tensor_unflatten__(parts, place.context, place.size, place.stride)
+
+    return tree_map_only((_Tensor, _Wrapper), put, frame)
