@@ -43,7 +43,7 @@ from omegaconf import OmegaConf
 from benchmarks.memory import Trainer, fill_at_random, flags
 from errors import is_out_of_memory
 from flags.run import Config
-from musicgen import codec, load, sampling
+from musicgen import codec, generation, load, sampling
 from musicgen.config import configs
 from musicgen.device import choose_device
 from musicgen.loss import TokenLoss
@@ -178,9 +178,9 @@ def measure_generation(model_id: str, pieces: int, duration_sec: float) -> list[
     options = sampling.Sampling(top_k=min(250, lm.card))
 
     def generate(seconds: float) -> None:
-        overlap = sampling.default_overlap_sec(whole)
+        overlap = generation.default_overlap_sec(whole)
         how: dict[str, Any] = {"overlap_sec": overlap, "seed": 0, "sampling": options}
-        sampling.generate(whole, "music", duration_sec=seconds, variations=pieces, **how)
+        generation.generate(whole, ["music"], duration_sec=seconds, variations=pieces, **how)
 
     timed(lambda: generate(duration_sec / 10), device)  # warms up
     seconds = timed(lambda: generate(duration_sec), device)

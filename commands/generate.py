@@ -1,6 +1,9 @@
 """Generate music with a fine-tuned MusicGen."""
 
+import contextlib
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -9,14 +12,19 @@ from tqdm import tqdm
 import files
 from errors import UserError
 from flags.generate import GenerateConfig
-from musicgen import codec, load, lora, placeholder, sampling
+from musicgen import codec, generation, load, lora, placeholder
 from musicgen.device import choose_device
+from musicgen.generation import Piece
 from musicgen.load import Model
 from musicgen.melody import melody_conditioner
+from musicgen.network import Network
 from musicgen.placeholder import Embedding
+from musicgen.projection import packed, plain
+from musicgen.sampling import Sampling
 from musicgen.text import text_conditioner
 from musicgen.weights import load_weights
 from recordings import audio, wording
+from recordings.growing import longest_sec, part_path
 from training.output import RUN
 
 
@@ -41,38 +49,67 @@ def generate(config: GenerateConfig, paths: list[list[Path]]) -> list[Path]:
         placeholder.add(text_conditioner(model.lm), word, vector, f"--embedding={file}")
         if not any(wording.has(word, prompt) for prompt in config.prompt):
             print(f"note: no prompt has {word}, the word of {file}", file=sys.stderr)
-    overlap_sec = config.overlap or sampling.default_overlap_sec(model)
-    if sampling.to_frames(model, overlap_sec) >= sampling.to_frames(model, model.max_duration):
+    overlap_sec = config.overlap or generation.default_overlap_sec(model)
+    _check_lengths(config, model, overlap_sec)
+    pieces = [Piece(prompt, n) for prompt in config.prompt for n in range(config.variations)]
+    names = [path for group in paths for path in group]
+    opening, melody = _opening(config, model, overlap_sec), _melody(config, model)
+    # On the CPU, packed weights are the faster ones; training leaves no other user of them here.
+    network = Network(model.lm, packed if device.type == "cpu" else plain)
+    total_sec = generation.to_frames(model, config.duration) / model.frame_rate * len(pieces)
+    with _progress(total_sec) as advance:
+        blocks = generation.generate_blocks(
+            model,
+            pieces,
+            duration_sec=config.duration,
+            overlap_sec=overlap_sec,
+            seed=config.seed,
+            opening=opening,
+            melody=melody,
+            sampling=Sampling(config.top_k, config.top_p, config.temperature, config.cfg_coef),
+            network=network,
+            on_frames=lambda count: advance(count / model.frame_rate),
+        )
+        try:
+            written = [names[number] for number in generation.write(model, blocks, names)]
+        except BaseException:
+            for part in filter(Path.exists, map(part_path, names)):
+                print(f"stopped: {part} has the music made so far", file=sys.stderr)
+            raise
+    for path in written:
+        print(path)
+    return written
+
+
+def _check_lengths(config: GenerateConfig, model: Model, overlap_sec: float) -> None:
+    """Raise UserError if the model's window is too short for the overlap, or a wav for a piece."""
+    if generation.to_frames(model, overlap_sec) >= generation.to_frames(model, model.max_duration):
         raise UserError(
             f"--overlap={overlap_sec:g}: must be less than the model's window of "
             f"{model.max_duration:g} s"
         )
-    opening = _opening(config, model, overlap_sec)
-    melody = _melody(config, model)
-    frames = sampling.to_frames(model, config.duration) * len(config.prompt)
-    written = []
-    with tqdm(total=frames, unit="frame", desc="generating", mininterval=1) as bar:
-        for prompt, names in zip(config.prompt, paths, strict=True):
-            wavs = sampling.generate(
-                model,
-                prompt,
-                duration_sec=config.duration,
-                overlap_sec=overlap_sec,
-                seed=config.seed,
-                variations=config.variations,
-                opening=opening,
-                melody=melody,
-                sampling=sampling.Sampling(
-                    config.top_k, config.top_p, config.temperature, config.cfg_coef
-                ),
-                on_frame=lambda: bar.update(min(1, bar.total - bar.n)),
-            )
-            for path, wav in zip(names, wavs, strict=True):
-                sampling.write_wav(path, wav, model.sample_rate)
-                written.append(path)
-    for path in written:
-        print(path)
-    return written
+    longest = longest_sec(model.sample_rate, model.audio_channels)
+    if config.duration + overlap_sec > longest:
+        raise UserError(
+            f"--duration={config.duration:g}: a wav file holds {longest / 3600:.1f} hours of this "
+            "model's music; generate less, and continue it with --prompt_audio"
+        )
+
+
+@contextlib.contextmanager
+def _progress(total_sec: float) -> Iterator[Callable[[float], None]]:
+    """Show the seconds of music made, and how many are made in one second."""
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} s of music "
+    form += "[{elapsed}<{remaining}{postfix}]"
+    began = time.perf_counter()
+    with tqdm(total=total_sec, desc="generating", mininterval=1, bar_format=form) as bar:
+
+        def advance(seconds: float) -> None:
+            speed = (bar.n + seconds) / (time.perf_counter() - began)
+            bar.set_postfix_str(f"{speed:.2g} x real time", refresh=False)
+            bar.update(min(seconds, total_sec - bar.n))
+
+        yield advance
 
 
 def _model_id(
@@ -95,7 +132,7 @@ def _opening(config: GenerateConfig, model: Model, overlap_sec: float) -> torch.
         return None
     wav = _read("--prompt_audio", config.prompt_audio, model, model.audio_channels, overlap_sec)
     codes = codec.encode_audio(model, wav[None].to(model.device))
-    return codes[..., -sampling.to_frames(model, overlap_sec) :]
+    return codes[..., -generation.to_frames(model, overlap_sec) :]
 
 
 def _melody(config: GenerateConfig, model: Model) -> torch.Tensor | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from errors import UserError
 from flags.generate import GenerateConfig
+from recordings.growing import part_path
 
 
 def check(config: GenerateConfig) -> list[list[Path]]:
@@ -16,6 +17,11 @@ def check(config: GenerateConfig) -> list[list[Path]]:
     for path in (path for group in paths for path in group):
         if path.exists() and not config.overwrite:
             raise UserError(f"{path} exists: give another --output_dir or --seed, or --overwrite=1")
+        if (part := part_path(path)).exists() and not config.overwrite:
+            raise UserError(
+                f"{part} exists, of a piece that was stopped: move it away to keep its music, or "
+                "give --overwrite=1"
+            )
     if config.full_weights and not Path(config.full_weights).is_file():
         raise UserError(
             f"--weights_path={config.full_weights}: no such file; give the lm_final.pt that run.py "

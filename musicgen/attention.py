@@ -22,7 +22,7 @@ class Layer(StreamingTransformerLayer):
     ) -> torch.Tensor:
         """Compute causal self-attention; x and the result are [B, S, D]."""
         attention = self.self_attn
-        if _unwrapped(attention) is attention:
+        if unwrapped(attention) is attention:
             return super()._sa_block(x, attn_mask, key_padding_mask)
         q, k, v = _project(attention, x).chunk(3, dim=-1)
         # A single step has no later ones to hide; audiocraft passes several only at the start.
@@ -41,7 +41,7 @@ class Layer(StreamingTransformerLayer):
         """
         attention = self.cross_attention
         if isinstance(source, torch.Tensor):
-            if _unwrapped(attention) is attention:
+            if unwrapped(attention) is attention:
                 return super()._cross_attention_block(x, source)
             source = source, torch.ones(source.shape[:2], device=source.device)
         text, mask = source
@@ -66,7 +66,7 @@ def _project(attention: Any, x: torch.Tensor, rows: slice = slice(None)) -> torc
     peft would add B A to the weight, keep the sum for the backward pass and compute the gradient
     of the whole weight to get those of A and B. Here x goes through A and B separately.
     """
-    base = _unwrapped(attention)
+    base = unwrapped(attention)
     bias = base.in_proj_bias
     out = F.linear(x, base.in_proj_weight[rows], None if bias is None else bias[rows])
     return out if base is attention else _add_adapters(attention, x, out, rows)
@@ -89,7 +89,7 @@ def _add_adapters(
 def _attend(
     layer: Any, attention: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any
 ) -> torch.Tensor:
-    base = _unwrapped(attention)
+    base = unwrapped(attention)
     q, k, v = (t.unflatten(-1, (base.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     k, v = base._complete_kv(k, v)  # while streaming, prepend those of earlier steps
     dropout = base.dropout if layer.training else 0.0
@@ -97,6 +97,6 @@ def _attend(
     return base.out_proj(x.transpose(1, 2).flatten(2))
 
 
-def _unwrapped(attention: Any) -> Any:
+def unwrapped(attention: Any) -> Any:
     """Return audiocraft's own module, without peft's wrapper if it has one."""
     return attention.get_base_layer() if hasattr(attention, "lora_A") else attention

@@ -1,4 +1,4 @@
-"""EnCodec: audio -> codes, for clips and for whole recordings.
+"""EnCodec: audio -> codes, for clips and for whole recordings; codes -> audio.
 
 Letters: B batch, C channels, K codebooks, T token frames.
 """
@@ -32,6 +32,42 @@ def encode_audio(model: Model, wav: torch.Tensor) -> torch.Tensor:
         encoded = [model.compression_model.encode(part) for part in parts]
     assert all(scale is None for _, scale in encoded), "MusicGen's codecs don't renormalize"
     return torch.cat([codes for codes, _ in encoded]).to(wav.device)
+
+
+DECODE_SEC = 30.0  # decoded at a time, so that memory doesn't grow with the length
+DECODE_MARGIN_SEC = 2.0  # context on both sides, for the codec's LSTM and convolutions
+
+
+class Decoding:
+    """Decodes the codes of one piece as they come."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.device = model, codec_device(model.device)
+        self.hop = round(model.sample_rate / model.frame_rate)  # samples in a frame
+        self.step = max(1, round(DECODE_SEC * model.frame_rate))
+        self.margin = round(DECODE_MARGIN_SEC * model.frame_rate)
+        self.codes = torch.zeros(model.lm.num_codebooks, 0, dtype=torch.long)  # still needed
+        self.done = 0  # frames at their beginning that are decoded
+
+    @torch.no_grad()
+    def add(self, codes: torch.Tensor, *, is_last: bool) -> Iterator[torch.Tensor]:
+        """Take the next codes `[K, T]`; yield the wav `[C, samples]` that can be decoded by now."""
+        self.codes = torch.cat([self.codes, codes.cpu()], dim=-1)
+        while (ready := self.codes.shape[-1] - self.done) > 0:
+            if ready < self.step + self.margin and not is_last:
+                return
+            stop = self.done + min(ready, self.step)
+            given = self.codes[None, :, : stop + self.margin].to(self.device)
+            wav = self.model.compression_model.decode(given.contiguous())[0]
+            yield wav[..., self.done * self.hop : stop * self.hop].float().cpu()
+            passed = max(0, stop - self.margin)
+            self.codes, self.done = self.codes[:, passed:], stop - passed
+
+
+def decode(model: Model, codes: torch.Tensor) -> torch.Tensor:
+    """Decode codes `[B, K, T]` to wav `[B, C, samples]` on the CPU, one after the other."""
+    wavs = [list(Decoding(model).add(piece, is_last=True)) for piece in codes]
+    return torch.stack([torch.cat(wav, dim=-1) for wav in wavs])
 
 
 def move(model: Model, half: str, device: torch.device | str) -> None:

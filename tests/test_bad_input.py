@@ -496,7 +496,8 @@ GENERATE_CASES: dict[str, tuple[Callable[[World], dict[str, Any]], list[str]]] =
     ),
     "memory": (
         machine(
-            "musicgen.sampling.generate", raises(torch.OutOfMemoryError("CUDA out of memory."))
+            "musicgen.generation.generate_blocks",
+            raises(torch.OutOfMemoryError("CUDA out of memory.")),
         ),
         ["out of memory", "--variations", "--overlap", "--model_id"],
     ),

@@ -18,7 +18,7 @@ from conftest import tiny_config
 from demo import measure
 from demo.build.report import codec_quality, prompts_told_apart
 from demo.demo import GENERATE, PROMPTS, changes
-from musicgen import codec, load, sampling
+from musicgen import codec, generation, load, sampling
 from musicgen.loss import TokenLoss, token_counts
 from musicgen.text import TextEncoder
 from musicgen.weights import load_weights
@@ -204,9 +204,9 @@ def test_adapters_teach_it_nearly_as_well(fit, lessons, exam, marks):
 
 def play(model: load.Model) -> list[np.ndarray]:
     """Eight pieces of the style."""
-    wavs = sampling.generate(
+    wavs = generation.generate(
         model,
-        PROMPTS[0],
+        [PROMPTS[0]],
         duration_sec=5.0,
         overlap_sec=5.0,
         seed=0,

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from musicgen import sampling
+from musicgen import generation
 from musicgen.codec import move
+from musicgen.generation import Piece
 from musicgen.loss import TokenLoss, token_counts
 from training.output import SAMPLES
 from training.plan import held_out_batches
@@ -69,24 +70,25 @@ def _perplexity(loss: float) -> float:
 
 
 def write_samples(session: Session, on_frame: Callable[[], None]) -> Iterator[tuple[Path, str]]:
-    """Generate each prompt with the fixed seed; yield each wav file's path and prompt.
+    """Generate all prompts with the fixed seed; yield each wav file's path and prompt.
 
     `on_frame` is called after each frame, and may raise to stop.
     """
-    config, model = session.config, session.model
+    config, model, prompts = session.config, session.model, session.prompts
+    numbers = range(1, len(prompts) + 1)
+    stem = session.output / SAMPLES / f"step_{session.step:06d}"
+    paths = [stem.with_name(f"{stem.name}_{number}.wav") for number in numbers]
     move(model, "decoder", model.device)
     try:
-        for number, prompt in enumerate(session.prompts, start=1):
-            wav = sampling.generate(
-                model,
-                prompt,
-                duration_sec=config.sample_duration,
-                overlap_sec=sampling.default_overlap_sec(model),
-                seed=config.seed,
-                on_frame=on_frame,
-            )
-            path = session.output / SAMPLES / f"step_{session.step:06d}_{number}.wav"
-            sampling.write_wav(path, wav[0], model.sample_rate)
-            yield path, prompt
+        blocks = generation.generate_blocks(
+            model,
+            [Piece(prompt) for prompt in prompts],
+            duration_sec=config.sample_duration,
+            overlap_sec=generation.default_overlap_sec(model),
+            seed=config.seed,
+            on_frames=lambda pieces: on_frame(),
+        )
+        for number in generation.write(model, blocks, paths):
+            yield paths[number], prompts[number]
     finally:
         move(model, "decoder", "cpu")

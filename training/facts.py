@@ -5,9 +5,9 @@ from collections import Counter
 
 from errors import count, few
 from flags.run import Config
+from musicgen.host import free_memory
 from musicgen.melody import melody_conditioner
 from recordings.track import Track
-from training.host import free_memory
 from training.report import format_seconds
 from training.resume import copy_bytes
 from training.room import gb

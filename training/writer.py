@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from training.host import free_memory
+from musicgen.host import free_memory
 
 MARGIN = 1.1  # times the copy must be free: the rest of the program grows too
 

@@ -14,7 +14,7 @@ from demo import measure
 from demo.build.music import WORK
 from demo.build.render import INSTRUMENTS
 from demo.demo import GENERATE
-from musicgen import codec, load, sampling
+from musicgen import codec, generation, load, sampling
 from musicgen.loss import TokenLoss, token_counts
 from musicgen.text import TextEncoder
 
@@ -92,11 +92,11 @@ def prompts_told_apart(model: load.Model, takes: int = 4, take_sec: float = 6.0)
     """Count how often the judge hears the instrument that the prompt names, of all it knows."""
     judge, right = measure.Judge(), {}
     for instrument in INSTRUMENTS:
-        wavs = sampling.generate(
+        wavs = generation.generate(
             model,
-            f"a calm chorale for {instrument.name} in G major, 76 bpm",
+            [f"a calm chorale for {instrument.name} in G major, 76 bpm"],
             duration_sec=take_sec,
-            overlap_sec=sampling.default_overlap_sec(model),
+            overlap_sec=generation.default_overlap_sec(model),
             seed=0,
             variations=takes,
             sampling=sampling.Sampling(GENERATE["top_k"], temperature=GENERATE["temperature"]),

@@ -1,5 +1,6 @@
 """generate.py: what it writes, how long, and which flags change it."""
 
+import copy
 import itertools
 import json
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from conftest import tone
 
 import generate
 import run
-from musicgen import codec, load, sampling
+from musicgen import codec, generation, load
 from musicgen.load import Model
+from musicgen.window import Windows
+from recordings import growing
 from recordings.audio import read_crop
 
 HOP = 640  # samples in a frame, at 32 kHz and 50 frames/s
@@ -42,6 +45,13 @@ def model(mono: Model) -> Model:
     return mono
 
 
+def again(model: Model) -> Model:
+    """Copy a model whose weights generate.py will replace by packed ones."""
+    copied = copy.copy(model)
+    copied.lm = copy.deepcopy(model.lm)
+    return copied
+
+
 @pytest.fixture
 def asked_for(monkeypatch: pytest.MonkeyPatch, model: Model) -> list[str]:
     """The model ids that generate.py loads; it gets the small-windowed model for each."""
@@ -49,7 +59,7 @@ def asked_for(monkeypatch: pytest.MonkeyPatch, model: Model) -> list[str]:
 
     def load(model_id: str, *_: object) -> Model:
         ids.append(model_id)
-        return model
+        return again(model)
 
     monkeypatch.setattr("musicgen.load.load_model", load)
     return ids
@@ -147,17 +157,17 @@ def test_a_longer_piece_begins_like_the_shorter_and_goes_on(play):
 
 def test_every_window_continues_the_last_seconds_of_the_one_before(model, monkeypatch):
     calls = []
-    make = model.lm.generate
+    make = Windows.generate
 
-    def recording(prompt, *args, **kwargs):
-        made = make(prompt, *args, **kwargs)
-        calls.append((prompt, kwargs["max_gen_len"], made))
+    def recording(self, prefixes, context, frames, *rest):
+        made = make(self, prefixes, context, frames, *rest)
+        calls.append((context, frames, made))
         return made
 
-    monkeypatch.setattr(model.lm, "generate", recording)
-    sampling.generate(model, "drums", duration_sec=4.5, overlap_sec=0.5, seed=0)
+    monkeypatch.setattr(Windows, "generate", recording)
+    generation.generate(model, ["drums"], duration_sec=4.5, overlap_sec=0.5, seed=0)
     assert [length for _, length, _ in calls] == [100, 100, 75]  # 100 + (100 - 25) + (75 - 25)
-    assert calls[0][0] is None
+    assert calls[0][0].shape[-1] == 0
     for (_, _, before), (prompt, _, made) in itertools.pairwise(calls):
         assert torch.equal(prompt, before[..., -25:])
         assert torch.equal(made[..., :25], prompt)
@@ -173,9 +183,9 @@ def test_a_recording_is_continued_from_its_last_seconds(rate, seconds, kept, pla
 
     end = read_crop(recording, round((seconds - kept) * rate), round(kept * rate), 32_000, 1)
     heard = codec.encode_audio(model, torch.from_numpy(end)[None])
-    decoded = sampling.decode(model, heard)[0].T.numpy()
+    decoded = codec.decode(model, heard)[0].T.numpy()
     settled = opening - 8 * HOP  # the codec's last frames depend on what follows
-    assert np.abs(decoded).max() < sampling.PEAK
+    assert np.abs(decoded).max() < growing.PEAK
     np.testing.assert_allclose(made[:settled], decoded[:settled], atol=5e-3)
     assert made[opening:].std() > 1e-3
     without = sound(play(duration=0.4)[0])
@@ -199,7 +209,8 @@ def test_sampling_flags_take_effect(play):
 
 def test_guidance_follows_the_prompt(play):
     def piece(prompt, coefficient):
-        (path,) = play(prompt=prompt, cfg_coef=coefficient, duration=0.5)
+        how = {"cfg_coef": coefficient, "duration": 0.5, "temperature": 0}
+        (path,) = play(prompt=prompt, **how)  # with a temperature, prompts have their own noise
         return sound(path).tobytes()
 
     assert piece("drums", 0) == piece("flute", 0)  # none: what the prompt says has no weight
@@ -261,7 +272,7 @@ def test_a_loud_piece_is_lowered_not_clipped(play, model, monkeypatch):
     assert np.abs(quiet).max() < 0.5
     monkeypatch.setattr(model.compression_model, "decode", lambda codes: 30 * decode(codes))
     loud = sound(play(duration=1.0)[0])
-    assert np.abs(loud).max() == pytest.approx(sampling.PEAK, abs=1e-3)
+    assert np.abs(loud).max() == pytest.approx(growing.PEAK, abs=1e-3)
     np.testing.assert_allclose(loud / np.abs(loud).max(), quiet / np.abs(quiet).max(), atol=2e-3)
 
 
@@ -289,7 +300,8 @@ def test_progress_is_on_stderr_and_ends_full(cli, asked_for, tmp_path):
     assert "generating" not in done.out
     bars = done.err.replace("\n", "\r").split("\r")
     assert "generating: 100%" in bars[-2]
-    assert "420/420" in bars[-2]
+    assert "16.8/16.8 s of music" in bars[-2]
+    assert "x real time" in bars[-2]
     assert max(float(bar.split("%")[0].split()[-1]) for bar in bars if "%" in bar) == 100
 
 
@@ -298,11 +310,11 @@ def test_decoding_in_pieces_is_decoding_at_once(kind, request, monkeypatch):
     model = request.getfixturevalue(kind)
     wav = torch.from_numpy(tone(3, 12.0, 32_000, model.audio_channels)).T[None].float()
     codes = codec.encode_audio(model, wav)
-    at_once = sampling.decode(model, codes)
+    at_once = codec.decode(model, codes)
     with torch.no_grad():
         assert torch.equal(at_once, model.compression_model.decode(codes))
-    monkeypatch.setattr("musicgen.sampling.DECODE_SEC", 3.0)
-    in_pieces = sampling.decode(model, codes)
+    monkeypatch.setattr("musicgen.codec.DECODE_SEC", 3.0)
+    in_pieces = codec.decode(model, codes)
     assert in_pieces.shape == at_once.shape
     error = (in_pieces - at_once).square().mean().sqrt() / at_once.square().mean().sqrt()
     assert error < 1e-3  # -60 dB
@@ -311,7 +323,7 @@ def test_decoding_in_pieces_is_decoding_at_once(kind, request, monkeypatch):
 
 
 def test_a_stereo_model_makes_stereo(stereo, play, monkeypatch, tmp_path):
-    monkeypatch.setattr("musicgen.load.load_model", lambda *_: stereo)
+    monkeypatch.setattr("musicgen.load.load_model", lambda *_: again(stereo))
     sf.write(tmp_path / "mono.wav", tone(1, 0.5), 32_000)
     for flags in ({}, {"prompt_audio": tmp_path / "mono.wav"}):
         wav = sound(play(duration=2.5, **flags)[0])

@@ -94,7 +94,7 @@ def test_beside_a_model_on_mps_audio_is_encoded_and_decoded_on_the_cpu(model_fol
     wav = torch.empty(2, model.audio_channels, model.sample_rate, device=MPS)
     codes = codec.encode_audio(model, wav)
     assert codes.device == MPS
-    assert sampling.decode(model, codes).shape == wav.shape
+    assert codec.decode(model, codes).shape == wav.shape
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
 from errors import UserError
-from musicgen import codec, load, sampling
+from musicgen import codec, generation, load, sampling
 from musicgen.config import configs
 from musicgen.hub import WEIGHTS, read_package
 from musicgen.loss import TokenLoss
@@ -177,8 +177,8 @@ def test_the_order_in_which_melody_and_text_are_listed_means_nothing(melody_fold
     assert torch.equal(losses(folder), losses(melody_folder))
     prompts = ["slow piano", ""]
     made = [
-        sampling.generate(
-            load.load_model(str(f), CPU), prompts[0], duration_sec=0.2, overlap_sec=0.1, seed=0
+        generation.generate(
+            load.load_model(str(f), CPU), prompts[:1], duration_sec=0.2, overlap_sec=0.1, seed=0
         )
         for f in (folder, melody_folder)
     ]
@@ -260,7 +260,7 @@ def test_cfg_coef_guides_also_where_the_config_takes_two_steps(mono_folder, tmp_
         options = sampling.Sampling(temperature=0.0, cfg_coef=cfg_coef)
         model = load.load_model(str(folder), CPU)
         how = {"duration_sec": 0.3, "overlap_sec": 1.0, "seed": 0, "sampling": options}
-        return sampling.generate(model, "slow piano", **how)
+        return generation.generate(model, ["slow piano"], **how)
 
     assert not torch.equal(made(folder, 1.0), made(folder, 9.0))
     assert torch.equal(made(folder, 9.0), made(mono_folder, 9.0))

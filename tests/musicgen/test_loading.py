@@ -21,7 +21,7 @@ import musicgen
 import run
 from demo.tiny import build_hub_cache, build_musicgen
 from errors import UserError
-from musicgen import codec, load, sampling
+from musicgen import codec, generation, load, sampling
 from musicgen.loss import TokenLoss
 from musicgen.text import TextEncoder, text_conditioner
 
@@ -144,9 +144,9 @@ def test_a_loaded_model_is_audiocrafts_own(source, wide, cache):
 
     theirs.set_generation_params(use_sampling=False, duration=0.5, cfg_coef=3.0)
     expected = theirs.generate([CAPTIONS[1]])
-    made = sampling.generate(
+    made = generation.generate(
         ours,
-        CAPTIONS[1],
+        [CAPTIONS[1]],
         duration_sec=0.5,
         overlap_sec=1.0,
         seed=0,
@@ -316,7 +316,7 @@ def test_a_model_of_shorter_pieces_loads(mono_folder, tmp_path):
     folder = reconfigured(mono_folder, tmp_path / "model", {"dataset": {"segment_duration": 3.0}})
     model = load.load_model(str(folder), CPU)
     assert model.max_duration == 3.0
-    wav = sampling.generate(model, "a tune", duration_sec=3.5, overlap_sec=1.0, seed=0)
+    wav = generation.generate(model, ["a tune"], duration_sec=3.5, overlap_sec=1.0, seed=0)
     assert wav.shape == (1, 1, 175 * 640)
 
 

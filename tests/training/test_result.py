@@ -16,7 +16,7 @@ from audiocraft.modules.conditioners import ConditioningAttributes
 from conftest import metrics, weights
 
 from dataset import Clips, Pick
-from musicgen import codec, load, sampling
+from musicgen import codec, generation, load, sampling
 from musicgen.text import TextEncoder
 from musicgen.weights import DTYPES, load_weights
 from recordings.scan import scan
@@ -52,12 +52,12 @@ def test_a_clip_learned_by_heart_is_continued_from_its_first_second(
     wav = torch.from_numpy(sf.read(data / "clip0.wav", dtype="float32")[0])
     codes = codec.encode_audio(model, wav.expand(1, model.audio_channels, -1))  # [1, K, T]
     first = codes[..., : codes.shape[-1] // 2]
-    monkeypatch.setattr("musicgen.sampling.decode", lambda model, codes: codes)
+    monkeypatch.setattr("musicgen.generation.decode", lambda model, codes: codes)
 
     def share_remembered() -> float:
-        said = sampling.generate(
+        said = generation.generate(
             model,
-            "melody number 0",
+            ["melody number 0"],
             duration_sec=1.0,
             overlap_sec=2.0,
             seed=0,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from training import host
+from musicgen import host
 
 GROUPS = {
     "unified": ("0::/job/step\n", "sys/fs/cgroup", host.UNIFIED),
