@@ -60,7 +60,7 @@ def generate(model: Model, prompts: list[str], *, variations: int = 1, **how: An
     return decode(model, torch.stack([torch.cat(blocks, dim=-1) for blocks in codes]))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_blocks(
     model: Model,
     pieces: list[Piece],

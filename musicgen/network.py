@@ -112,6 +112,7 @@ class Network:
         crosses = [[layer.cross_from(*source) for source in sources] for layer in self.layers]
         return Cache(zeros(), zeros(), crosses, rows, self._tables(places))
 
+    @torch.inference_mode(mode=False)  # audiocraft keeps what it computes here, for training too
     def _tables(self, places: int) -> Tables:
         transformer = self.lm.transformer
         at = torch.arange(places, device=self.device)

@@ -28,6 +28,7 @@ class Windows:
         before: P0, the same for all pieces.
     """
 
+    @torch.inference_mode()
     def __init__(
         self,
         network: Network,
