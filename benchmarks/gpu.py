@@ -12,8 +12,9 @@ optimizer on random codes; T5 is only held in memory. Its time is the median. En
 timed apart. MFU (model FLOPs utilization) is the language model's FLOPs over what the card could do
 in the step's time; what is computed a second time does not count, and attention counts as without a
 mask. "peak" is the most that torch's tensors took, "computed" what --dry_run says, "card" all that
-is taken on the card at the end, by other programs too. A generated frame counts once for each piece
-of the batch; decoding is included.
+is taken on the card at the end, by other programs too. In the table of generation, a step makes a
+frame of each piece of the batch; decoding is included; "costs" are the three kernels that take
+longest, for one piece below ten times real time. Beside other libraries: benchmarks/generate.py.
 
 Letters: B batch, K codebooks.
 """
@@ -58,7 +59,8 @@ MODES: dict[str, dict[str, Any]] = {
     "LoRA": {"lora_rank": 16, "optimizer": "adamw_8bit"},
 }
 WARM_UP = 3  # steps that are not timed: they compile, and choose kernels
-PIECES = (1, 8)  # generated at once
+PIECES = (1, 2, 4, 8, 16, 32)  # generated at once
+SLOW = 10  # times real time, below which one piece is profiled
 # TFLOPS in bf16, or fp16 where there is no bf16, with sums in fp32 and without sparsity. Source:
 # NVIDIA's data sheets, and for the RTX cards its whitepapers on GA102 and Ada.
 TFLOPS = {
@@ -161,10 +163,9 @@ def measure_training(config: Config, steps: int) -> list[str]:
     return [f"{1000 * seconds:.0f}", rate, mfu, share, peak, gb(computed), card]
 
 
-def measure_generation(model_id: str, pieces: int, duration_sec: float) -> list[str]:
-    """Return the cells of a row: frames a second, as a multiple of real time, and memory."""
-    model, device = configs(model_id), choose_device("auto")
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+def random_model(model_id: str, device: torch.device, dtype: torch.dtype) -> load.Model:
+    """Return a model of true size with random weights, whose captions need no T5."""
+    model = configs(model_id)
     lm = build_skeleton(model[0], model[2], model[0].transformer_lm.num_layers, dtype).to(dtype)
     fill_at_random(lm, device)
     conditioner = text_conditioner(lm)
@@ -174,8 +175,15 @@ def measure_generation(model_id: str, pieces: int, duration_sec: float) -> list[
         return conditioner.output_proj(text.to(dtype)), torch.ones(text.shape[:2], device=device)
 
     conditioner.tokenize, conditioner.forward = len, embed  # type: ignore[assignment]
-    whole = with_codec(lm, model, device)
-    options = sampling.Sampling(top_k=min(250, lm.card))
+    return with_codec(lm.eval(), model, device)
+
+
+def measure_generation(model_id: str, pieces: int, duration_sec: float) -> list[str]:
+    """Return the cells of a row: steps a second, times real time, memory, and what takes long."""
+    device = choose_device("auto")
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    whole = random_model(model_id, device, dtype)
+    options = sampling.Sampling(top_k=min(250, whole.lm.card))
 
     def generate(seconds: float) -> None:
         overlap = generation.default_overlap_sec(whole)
@@ -186,7 +194,19 @@ def measure_generation(model_id: str, pieces: int, duration_sec: float) -> list[
     seconds = timed(lambda: generate(duration_sec), device)
     peak = gb(torch.cuda.max_memory_allocated()) if device.type == "cuda" else "-"
     rate = pieces * duration_sec / seconds
-    return [f"{rate * whole.frame_rate:.0f}", f"{rate:.1f}", peak]
+    costs = ""
+    if device.type == "cuda" and pieces == 1 and rate < SLOW:
+        costs = largest_costs(lambda: generate(duration_sec / 10))
+    return [f"{rate * whole.frame_rate / pieces:.0f}", f"{rate:.1f}", peak, costs]
+
+
+def largest_costs(run: Callable[[], object]) -> str:
+    """Return the three kernels that take longest, each with its share of the GPU's work."""
+    with torch.profiler.profile() as profile:
+        run()
+    kernels = {e.key: e.self_device_time_total for e in profile.key_averages()}
+    most = sorted(kernels, key=kernels.__getitem__, reverse=True)[:3]
+    return ", ".join(f"{key[:60]} {kernels[key] / sum(kernels.values()):.0%}" for key in most)
 
 
 def attempt(measure: Callable[..., list[str]], *arguments: Any) -> list[str]:
@@ -264,11 +284,11 @@ def main(
                 config = flags(grad_checkpointing=checkpointing, **more)
                 cells = in_new_process(measure_training, config, steps)
                 print_row([name, mode, "yes" if checkpointing else "no", *cells], 10)
-    print_head("model", "pieces at once", "frames/s", "x real time", "peak, GB")
+    print_head("model", "pieces at once", "steps/s", "x real time", "peak, GB", "costs")
     for name in names:
         for pieces in PIECES:
             cells = in_new_process(measure_generation, name, pieces, duration)
-            print_row([name, str(pieces), *cells], 5)
+            print_row([name, str(pieces), *cells], 6)
 
 
 if __name__ == "__main__":

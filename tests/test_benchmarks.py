@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from benchmarks import gpu
+from benchmarks import generate, gpu
 from errors import UserError
 from musicgen.config import configs
 from training import memory
@@ -21,6 +21,7 @@ def test_gpu_tables_have_a_row_for_each_way_and_run_on_the_cpu(capsys, monkeypat
     monkeypatch.setattr(gpu, "in_new_process", gpu.attempt)
     monkeypatch.setattr(gpu, "MODES", {name: gpu.MODES[name] for name in ("adamw", "LoRA")})
     monkeypatch.setattr(gpu, "WARM_UP", 0)
+    monkeypatch.setattr(gpu, "PIECES", (1, 8))
     gpu.main(steps=1, duration=0.2)
     out = capsys.readouterr().out
     assert out.startswith("no GPU: the demo model on the CPU, torch ")
@@ -37,7 +38,34 @@ def test_gpu_tables_have_a_row_for_each_way_and_run_on_the_cpu(capsys, monkeypat
         assert float(computed) > 0
         assert [mfu, peak, card] == ["-"] * 3  # of a GPU only
     assert [one[1], eight[1]] == ["1", "8"]
-    assert float(eight[2]) > float(one[2]) > 0
+    assert float(eight[3]) > float(one[3]) > 0  # music a second
+    assert float(one[2]) > float(eight[2]) > 0  # steps
+
+
+def test_generation_is_compared_way_by_way_in_one_process(capsys, monkeypatch):
+    monkeypatch.setattr(generate, "SUMMED", 10**6)
+    generate.main(models="demo", seconds=0.4, repeats=1)
+    head, _, one, eight, audiocraft, *decoders = rows(capsys.readouterr().out)
+    assert head == ["way", "steps/s", "x real time", "ours / this", "of the limit"]
+    assert [one[0], one[3], eight[0]] == ["ours", "1.00", "ours, 8 at once"]
+    assert [row[0] for row in (audiocraft, *decoders)] == [
+        "audiocraft",
+        "transformers, growing cache",
+        "transformers, fixed cache",
+    ]
+    for row in (one, eight, audiocraft, *decoders):
+        pieces = 8 if row is eight else 1
+        steps = 20 + 3  # 0.4 s at 50 frames a second, and the last codebook's delay
+        assert float(row[2]) == pytest.approx(pieces * float(row[1]) * 0.4 / steps, rel=0.01)
+        assert float(row[3]) == pytest.approx(float(one[2]) / float(row[2]), rel=0.02)
+
+
+def test_a_step_reads_the_matrices_of_layers_and_heads():
+    model = gpu.random_model("demo", torch.device("cpu"), torch.float32)
+    sizes = model.lm.cfg.transformer_lm
+    a_layer = (4 + 2 + 8) * sizes.dim**2  # attention; q and out of the other one; feed forward
+    numbers = sizes.num_layers * a_layer + sizes.n_q * sizes.card * sizes.dim
+    assert generate.bytes_read(model) == 4 * numbers
 
 
 def test_a_row_that_fails_says_why_and_the_others_go_on(capsys, monkeypatch):
@@ -48,13 +76,13 @@ def test_a_row_that_fails_says_why_and_the_others_go_on(capsys, monkeypatch):
 
     monkeypatch.setattr(gpu, "in_new_process", gpu.attempt)
     monkeypatch.setattr(gpu, "measure_training", fail)
-    monkeypatch.setattr(gpu, "measure_generation", lambda *arguments: ["5", "0.1", "1.0"])
+    monkeypatch.setattr(gpu, "measure_generation", lambda *arguments: ["5", "0.1", "1.0", ""])
     monkeypatch.setattr(gpu, "MODES", {"adamw": {}})
     gpu.main(models="small", steps=1)
     found = rows(capsys.readouterr().out)
     assert found[2][:4] == ["small", "adamw", "no", "out of memory"]
     assert found[3][:4] == ["small", "adamw", "yes", "UserError: no torchao"]
-    assert found[-1] == ["small", "8", "5", "0.1", "1.0"]
+    assert found[-1] == ["small", "32", "5", "0.1", "1.0", ""]
 
 
 @pytest.mark.parametrize(
