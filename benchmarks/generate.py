@@ -27,12 +27,7 @@ from typing import Any
 
 import fire
 import torch
-from transformers import (
-    DynamicCache,
-    EncoderDecoderCache,
-    MusicgenForCausalLM,
-    StaticCache,
-)
+from transformers import DynamicCache, EncoderDecoderCache, MusicgenForCausalLM, StaticCache
 from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
 
 import musicgen  # noqa: F401  (stands in for the xformers that audiocraft imports)
@@ -99,7 +94,7 @@ def audiocraft_way(model: Model) -> Way:
 def transformers_ways(model: Model) -> dict[str, Way]:
     """Return a loop around transformers' decoder of the same size, with either cache."""
     lm: Any = model.lm
-    sizes = model.lm.cfg.transformer_lm
+    sizes = lm.cfg.transformer_lm
     config = MusicgenDecoderConfig(
         vocab_size=sizes.card,
         num_codebooks=sizes.n_q,
@@ -110,7 +105,8 @@ def transformers_ways(model: Model) -> dict[str, Way]:
         pad_token_id=sizes.card,
         bos_token_id=sizes.card,
     )
-    decoder = MusicgenForCausalLM(config).to(model.device, next(lm.parameters()).dtype).eval()
+    decoder: Any = MusicgenForCausalLM(config).eval()
+    decoder.to(model.device, next(lm.parameters()).dtype)
     K, top_k = sizes.n_q, min(TOP_K, sizes.card)
     text = torch.randn(2, CAPTION_TOKENS, sizes.dim).to(decoder.device, decoder.dtype)
 
