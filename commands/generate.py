@@ -19,7 +19,7 @@ from musicgen.load import Model
 from musicgen.melody import melody_conditioner
 from musicgen.network import Network
 from musicgen.placeholder import Embedding
-from musicgen.projection import packed, plain
+from musicgen.projection import fastest
 from musicgen.sampling import Sampling
 from musicgen.text import text_conditioner
 from musicgen.weights import load_weights
@@ -54,8 +54,7 @@ def generate(config: GenerateConfig, paths: list[list[Path]]) -> list[Path]:
     pieces = [Piece(prompt, n) for prompt in config.prompt for n in range(config.variations)]
     names = [path for group in paths for path in group]
     opening, melody = _opening(config, model, overlap_sec), _melody(config, model)
-    # On the CPU, packed weights are the faster ones; training leaves no other user of them here.
-    network = Network(model.lm, packed if device.type == "cpu" else plain)
+    network = Network(model.lm, fastest(device))
     total_sec = generation.to_frames(model, config.duration) / model.frame_rate * len(pieces)
     with _progress(total_sec) as advance:
         blocks = generation.generate_blocks(

@@ -84,3 +84,9 @@ def _parameters(layer: Any, rows: slice) -> tuple[torch.Tensor, torch.Tensor | N
     weight = (base.in_proj_weight if is_fused else base.weight)[rows]
     bias = base.in_proj_bias if is_fused else base.bias
     return weight, None if bias is None else bias[rows].to(weight.dtype)
+
+
+def fastest(device: torch.device) -> Projector:
+    """Return the way to use when nothing else needs the weights: packed on the CPU, else plain."""
+    has_packed = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return packed if has_packed else plain
