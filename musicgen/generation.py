@@ -122,6 +122,7 @@ def generate_blocks(
             for number, codes in zip(numbers, made[..., kept:].cpu(), strict=True):
                 yield Block(number, codes, done == total)
             context = made[..., -overlap:]
+        del windows  # before the next batch's caches are made
 
 
 def write(model: Model, blocks: Iterable[Block], paths: list[Path]) -> Iterator[int]:

@@ -43,7 +43,8 @@ def plain(layers: Any, rows: slice = slice(None), activation: Any = None) -> Pro
     def project(x: torch.Tensor) -> torch.Tensor:
         out = F.linear(x.to(weight.dtype), weight, bias)
         for inner, outer, scaling in adapters:
-            out = out + scaling * F.linear(F.linear(x.to(inner.dtype), inner), outer)
+            added = scaling * F.linear(F.linear(x.to(inner.dtype), inner), outer)
+            out = out + added.to(out.dtype)  # adapters are float32, the caches as the layers
         return activation(out) if activation else out
 
     return project

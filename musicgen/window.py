@@ -4,6 +4,7 @@ Letters: B pieces, h rows of each (with its conditions, and without them for gui
 K codebooks, T token frames, S pattern steps, P0 places before the music, D model width.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 
@@ -120,16 +121,23 @@ def _capture(
     if device.type != "cuda":
         return None
     try:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.device(device), torch.cuda.stream(stream), torch.no_grad():
+        graph, side, main = torch.cuda.CUDAGraph(), _side(device), torch.cuda.current_stream(device)
+        side.wait_stream(main)
+        with torch.cuda.device(device), torch.cuda.stream(side), torch.no_grad():
             advance(None)  # once outside: libraries set themselves up
-        torch.cuda.current_stream(device).wait_stream(stream)
-        with torch.cuda.device(device), torch.cuda.graph(graph), torch.no_grad():
-            advance(None)
+            # Other threads, such as one that pins batches, may go on calling CUDA meanwhile.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                advance(None)
+        main.wait_stream(side)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
         print(f"note: generation without a CUDA graph, so slower ({error})", file=sys.stderr)
         return None
     return graph
+
+
+@functools.cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream to capture in, always the same: libraries keep memory for each."""
+    return torch.cuda.Stream(device)
