@@ -19,6 +19,7 @@ import torch
 from huggingface_hub import constants
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from demo.tiny import build_musicgen
 from flags.run import Config
@@ -137,6 +138,29 @@ def processes() -> Iterator[ForkServerContext]:
         context.set_forkserver_preload(["train"])
         context.Process().start()  # and with it the server, that has this PYTHONPATH
     yield context
+
+
+@pytest.fixture
+def fake_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
+    """A mode of pretended tensors, in which audiocraft's patterns work."""
+    from audiocraft.modules.codebooks_patterns import Pattern
+
+    def with_real_numpy(build: Callable[..., Any]) -> Callable[..., Any]:
+        """audiocraft fills these two in numpy, then moves them."""
+
+        def built(self: Any, *args: Any, device: torch.device, **how: Any) -> Any:
+            with unset_fake_temporarily():
+                tensors = build(self, *args, **how)
+            return tuple(mode.from_tensor(tensor).to(device) for tensor in tensors)
+
+        return built
+
+    for kind in ("pattern", "reverted"):
+        name = f"_build_{kind}_sequence_scatter_indexes"
+        monkeypatch.setattr(Pattern, name, with_real_numpy(getattr(Pattern, name)))
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # it would ask the driver
+    with FakeTensorMode() as mode:
+        yield mode
 
 
 def build_demucs(hub: Path) -> None:

@@ -12,8 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from audiocraft.modules.codebooks_patterns import Pattern
-from audiocraft.modules.conditioners import dropout_condition
+from audiocraft.modules.conditioners import WavCondition
 from conftest import ROOT, build_hf_codec, tiny_config
 from torch import nn
 from torch._subclasses.fake_tensor import (
@@ -24,7 +23,8 @@ from torch._subclasses.fake_tensor import (
 
 import train
 from dataset import Batch
-from musicgen import codec, load, placeholder, sampling
+from musicgen import codec, load, placeholder
+from musicgen.conditions import Conditions
 from musicgen.load import Model
 from musicgen.loss import TokenLoss
 from musicgen.melody import melody_conditioner
@@ -35,22 +35,6 @@ from training.session import Session
 from training.start import start
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps", 0)
-
-
-@pytest.fixture
-def fake_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
-    build_indexes = Pattern._build_pattern_sequence_scatter_indexes
-
-    def with_real_numpy(self, *args, device, **kwargs):
-        """audiocraft fills these two in numpy, then moves them."""
-        with unset_fake_temporarily():
-            tensors = build_indexes(self, *args, **kwargs)
-        return tuple(mode.from_tensor(tensor).to(device) for tensor in tensors)
-
-    monkeypatch.setattr(Pattern, "_build_pattern_sequence_scatter_indexes", with_real_numpy)
-    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # it would ask the driver
-    with FakeTensorMode() as mode:
-        yield mode
 
 
 def to_cuda(*modules: nn.Module) -> None:
@@ -148,12 +132,12 @@ def test_the_loss_is_computed_on_the_gpu(grad_checkpointing, model):
         TokenLoss(model.lm)(codes, torch.tensor([40, 7, 1]), text, mask)
 
 
-def test_melodies_are_on_the_gpu_in_training_and_generation(fake_mode, melody_folder):
+def test_melodies_are_on_the_gpu_in_training_and_generation(fake_mode, melody_folder, monkeypatch):
     with unset_fake_temporarily():
         model = load.load_model(str(melody_folder), CPU)
     to_cuda(model.lm, text_conditioner(model.lm).t5)
     conditioner = melody_conditioner(model.lm)
-    conditioner.device = model.device = CUDA
+    conditioner.device = text_conditioner(model.lm).device = model.device = CUDA
     text, mask = TextEncoder(model.lm)(["", "a slow piano"], CUDA)
     codes = torch.zeros(2, model.lm.num_codebooks, 40, dtype=torch.long, device=CUDA)
     melody = torch.zeros(2, conditioner.chroma_len, 12, device=CUDA)
@@ -161,12 +145,18 @@ def test_melodies_are_on_the_gpu_in_training_and_generation(fake_mode, melody_fo
         loss = TokenLoss(model.lm)(codes, torch.tensor([40, 7], device=CUDA), text, mask, given)
         assert loss.device == CUDA
 
-    provider = model.lm.condition_provider
+    heard = []  # in the place of audiocraft's conditioner, which asks for values
+
+    def chroma(condition: WavCondition) -> tuple[torch.Tensor, torch.Tensor]:
+        heard.extend([condition.wav.device, condition.length.device])
+        return torch.zeros(2, 5, model.lm.dim, device=CUDA), torch.ones(2, 5, device=CUDA)
+
+    monkeypatch.setattr(conditioner, "forward", chroma)
     for wav in (torch.zeros(1, 32_000), None):
-        conditions, other = (sampling._conditions(model, "piano", wav, 0) for _ in range(2))
-        unconditional = dropout_condition(other, "wav", "self_wav")
-        collated = provider._collate_wavs([conditions, unconditional])["self_wav"]
-        assert collated.wav.device == collated.length.device == CUDA
+        prefix, cross = Conditions(model, wav, guided=True).at("piano", 50)
+        assert prefix.device == cross.device == CUDA
+        assert heard == [CUDA, CUDA]
+        heard.clear()
 
 
 def batches(*_: object, **__: object) -> Iterator[Batch]:
