@@ -1,6 +1,8 @@
 """Generate music with a fine-tuned MusicGen."""
 
+import collections
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -56,28 +58,44 @@ def generate(config: GenerateConfig, paths: list[list[Path]]) -> list[Path]:
     opening, melody = _opening(config, model, overlap_sec), _melody(config, model)
     network = Network(model.lm, fastest(device))
     total_sec = generation.to_frames(model, config.duration) / model.frame_rate * len(pieces)
-    with _progress(total_sec) as advance:
-        blocks = generation.generate_blocks(
-            model,
-            pieces,
-            duration_sec=config.duration,
-            overlap_sec=overlap_sec,
-            seed=config.seed,
-            opening=opening,
-            melody=melody,
-            sampling=Sampling(config.top_k, config.top_p, config.temperature, config.cfg_coef),
-            network=network,
-            on_frames=lambda count: advance(count / model.frame_rate),
-        )
-        try:
-            written = [names[number] for number in generation.write(model, blocks, names)]
-        except BaseException:
-            for part in filter(Path.exists, map(part_path, names)):
-                print(f"stopped: {part} has the music made so far", file=sys.stderr)
-            raise
-    for path in written:
+    for part in map(part_path, names):
+        part.unlink(missing_ok=True)
+    try:
+        with _progress(total_sec) as advance, _sigterm_as_exit():
+            blocks = generation.generate_blocks(
+                model,
+                pieces,
+                duration_sec=config.duration,
+                overlap_sec=overlap_sec,
+                seed=config.seed,
+                opening=opening,
+                melody=melody,
+                sampling=Sampling(config.top_k, config.top_p, config.temperature, config.cfg_coef),
+                network=network,
+                on_frames=lambda count: advance(count / model.frame_rate),
+            )
+            collections.deque(generation.write(model, blocks, names), maxlen=0)
+    except BaseException:
+        for part in filter(Path.exists, map(part_path, names)):
+            print(f"stopped: {part} has the music made so far", file=sys.stderr)
+        raise
+    for path in names:
         print(path)
-    return written
+    return names
+
+
+@contextlib.contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit, as Ctrl-C raises KeyboardInterrupt."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_lengths(config: GenerateConfig, model: Model, overlap_sec: float) -> None:

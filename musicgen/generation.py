@@ -130,17 +130,18 @@ def write(model: Model, blocks: Iterable[Block], paths: list[Path]) -> Iterator[
 
     Raises: UserError if one can't be written.
     """
-    begun: dict[int, tuple[Decoding, GrowingWav]] = {}
+    decodings: dict[int, Decoding] = {}
+    wavs: dict[int, GrowingWav] = {}
     for number, codes, is_last in blocks:
-        if number not in begun:
-            wav = GrowingWav(paths[number], model.sample_rate, model.audio_channels)
-            begun[number] = Decoding(model), wav
-        decoding, wav = begun[number]
-        for samples in decoding.add(codes, is_last=is_last):
-            wav.add(samples.numpy())
+        if number not in decodings:
+            decodings[number] = Decoding(model)
+        for samples in decodings[number].add(codes, is_last=is_last):
+            if number not in wavs:  # a part file holds music from its first moment
+                wavs[number] = GrowingWav(paths[number], model.sample_rate, model.audio_channels)
+            wavs[number].add(samples.numpy())
         if is_last:
-            wav.finish()
-            del begun[number]
+            del decodings[number]
+            wavs.pop(number).finish()
             yield number
 
 

@@ -1,21 +1,18 @@
 """A wav file that grows plays at any moment, and ends as the 16-bit file of the whole piece."""
 
-import contextlib
 import io
 import random
-import signal
 import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import ROOT
+from conftest import ROOT, room
 
 from errors import UserError
 from recordings import audio
@@ -50,20 +47,6 @@ def grow(path: Path, wav: np.ndarray, *ends: int) -> GrowingWav:
     for block in np.split(wav, ends, axis=1):
         growing.add(block)
     return growing
-
-
-@contextlib.contextmanager
-def room(size: int) -> Iterator[None]:
-    """Let no file grow beyond `size` bytes: stands in for a full disk."""
-    resource = pytest.importorskip("resource")
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
 
 
 @pytest.mark.parametrize("channels", [1, 2])
