@@ -2,23 +2,32 @@
 
     python -m benchmarks.memory measure     # the true small
     python -m benchmarks.memory table       # computes the README's table
+    python -m benchmarks.memory samples     # what samples add to run.py's peak: half an hour
 
-Run it in the project's root. For each line, a fresh process builds a language model of the true
-size with random weights and takes two steps on random codes of 30 s, on the CPU in bf16. Measured
-is the peak of the process (ru_maxrss) minus what it held before it built the model. Both numbers
-leave out text encoder and EnCodec.
+Run it in the project's root. For each line of `measure`, a fresh process builds a language model of
+the true size with random weights and takes two steps on random codes of 30 s, on the CPU in bf16.
+Measured is the peak of the process (ru_maxrss) minus what it held before it built the model. Both
+numbers leave out text encoder and EnCodec.
 """
 
 import multiprocessing
 import os
 import platform
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import fire
+import numpy as np
 import psutil
+import soundfile as sf
 import torch
 
 from benchmarks.step import peak_rss
+from demo.tiny import build_musicgen
 from flags.run import Config
 from musicgen.config import configs
 from musicgen.loss import TokenLoss
@@ -38,6 +47,9 @@ MEASURED: list[dict[str, Any]] = [
     {"batch_size": 4, "lora_rank": 16},
     {"batch_size": 4, "lora_rank": 16, "grad_checkpointing": 1},
 ]
+SMALL = {"dim": 1024, "num_heads": 16, "num_layers": 24, "card": 2048}
+SMALL |= {"n_filters": 64, "codec_dim": 128, "t5_dim": 768}
+SAMPLED = {"LoRA": ["--lora_rank=16"], "all weights": []}
 FRAMES, DTYPE = 1500, torch.bfloat16
 MB = 1e6
 
@@ -148,5 +160,42 @@ def table() -> None:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
+def samples(prompts: int = 4, steps: int = 2, ways: str = "", model: str | None = None) -> None:
+    """Print the peak in GB of run.py at the size of small, without and with samples.
+
+    Clips of 30 s, batch 1, float32 on the CPU. Samples of the default length are made before the
+    first step and after each. `ways` is "LoRA" or "all weights", else both; `model` is a folder to
+    keep the made-up model in, or that has it.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        small = Path(model) if model else folder / "small"
+        if not (small / "compression_state_dict.bin").exists():
+            build_musicgen(small, **SMALL)
+        (folder / "data").mkdir()
+        noise = np.random.default_rng(0).normal(0, 0.1, 30 * 32_000)
+        sf.write(folder / "data" / "noise.wav", noise, 32_000)
+        (folder / "data" / "noise.txt").write_text("noise")
+        texts = [f"piece number {number}" for number in range(prompts)]
+        run = [sys.executable, "run.py", f"--model_id={small}", f"--max_steps={steps}"]
+        run += [f"--dataset_path={folder / 'data'}", f"--output_dir={folder / 'models'}"]
+        run += ["--overwrite=1", "--device=cpu", "--duration=30", "--num_workers=0"]
+        run += ["--batch_size=1", "--grad_acc=1"]
+        for way in [ways] if ways else SAMPLED:
+            print(f"{way:12}", end="", flush=True)
+            for sampling in ([], ["--sample_step=1", f"--sample_prompts={texts}"]):
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    peak = pool.apply(_peak_of_child, ([*run, *SAMPLED[way], *sampling],))
+                words = f"with {prompts} samples" if sampling else "without samples"
+                print(f" {peak / 1e9:6.2f} GB {words}", end="", flush=True)
+            print()
+
+
+def _peak_of_child(command: list[str]) -> int:
+    """Return the peak of a command; needs a process that has had no other child."""
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # on Linux
+
+
 if __name__ == "__main__":
-    fire.Fire({"measure": measure, "table": table})
+    fire.Fire({"measure": measure, "table": table, "samples": samples})
