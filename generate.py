@@ -5,7 +5,7 @@ from errors import plain_errors
 from flags.generate import GenerateConfig
 from flags.parse import parse
 
-OUT_OF_MEMORY = "Use less: fewer --variations; a shorter --overlap; a smaller --model_id."
+OUT_OF_MEMORY = "Use less: a smaller --model_id; a --duration shorter than the model's window."
 
 
 def main() -> None:

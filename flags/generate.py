@@ -84,9 +84,17 @@ class GenerateConfig(Flags):
         3.0, ge=0, description="classifier-free guidance: how closely to follow the prompt"
     )
     seed: int = Field(
-        0, ge=0, lt=2**63, description="the same seed gives the same music on the same machine"
+        0,
+        ge=0,
+        lt=2**63,
+        description="the same seed gives the same music on the same machine, whatever else is "
+        "generated with it",
     )
-    variations: int = Field(1, ge=1, description="pieces for each prompt, generated together")
+    variations: int = Field(
+        1,
+        ge=1,
+        description="pieces for each prompt; all prompts and variations are generated at once",
+    )
     output_dir: AnyPath = Field(
         "generated", description="folder, or a .wav file if there is only one piece"
     )
