@@ -47,7 +47,7 @@ MEASURED: list[dict[str, Any]] = [
     {"batch_size": 4, "lora_rank": 16},
     {"batch_size": 4, "lora_rank": 16, "grad_checkpointing": 1},
 ]
-SMALL = {"dim": 1024, "num_heads": 16, "num_layers": 24, "card": 2048}
+SMALL: dict[str, Any] = {"dim": 1024, "num_heads": 16, "num_layers": 24, "card": 2048}
 SMALL |= {"n_filters": 64, "codec_dim": 128, "t5_dim": 768}
 SAMPLED = {"LoRA": ["--lora_rank=16"], "all weights": []}
 FRAMES, DTYPE = 1500, torch.bfloat16
