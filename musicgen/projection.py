@@ -32,7 +32,7 @@ def plain(layers: Any, rows: slice = slice(None), activation: Any = None) -> Pro
     if isinstance(layers, nn.ModuleList):
         parts = [plain(layer) for layer in layers]
         return lambda x: torch.cat([part(x) for part in parts], dim=-1)
-    weight, bias = _parameters(layers, rows)
+    weight, bias = parameters(layers, rows)
     adapters = []
     if hasattr(layers, "lora_A"):
         adapters = [
@@ -58,7 +58,7 @@ def packed(layers: Any, rows: slice = slice(None), activation: Any = None) -> Pr
     """
     if not isinstance(layers, nn.ModuleList):
         layers = [layers]
-    found = [_parameters(layer, rows) for layer in layers]
+    found = [parameters(layer, rows) for layer in layers]
     weight = torch.cat([weight.detach() for weight, _ in found])
     biases = [bias.detach() for _, bias in found if bias is not None]
     bias = torch.cat(biases) if biases else None
@@ -78,7 +78,7 @@ def packed(layers: Any, rows: slice = slice(None), activation: Any = None) -> Pr
     return project
 
 
-def _parameters(layer: Any, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+def parameters(layer: Any, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return `rows` of a layer's weight and of its bias, in the weight's number format."""
     base = unwrapped(layer)
     is_fused = hasattr(base, "in_proj_weight")
