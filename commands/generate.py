@@ -14,14 +14,14 @@ from tqdm import tqdm
 import files
 from errors import UserError
 from flags.generate import GenerateConfig
-from musicgen import codec, generation, load, lora, placeholder
+from musicgen import codec, generation, int8, load, lora, placeholder
 from musicgen.device import choose_device
 from musicgen.generation import Piece
 from musicgen.load import Model
 from musicgen.melody import melody_conditioner
 from musicgen.network import Network
 from musicgen.placeholder import Embedding
-from musicgen.projection import fastest
+from musicgen.projection import Projector, fastest
 from musicgen.sampling import Sampling
 from musicgen.text import text_conditioner
 from musicgen.weights import load_weights
@@ -41,6 +41,7 @@ def generate(config: GenerateConfig, paths: list[list[Path]]) -> list[Path]:
     embeddings = [placeholder.read(path) for path in config.embedding or []]
     files.check_writable(paths[0][0].parent, "--output_dir")
     device = choose_device(config.device)
+    project = _projector(config, device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     model = load.load_model(_model_id(config, adapters, embeddings), device, dtype)
     if config.full_weights:
@@ -56,7 +57,7 @@ def generate(config: GenerateConfig, paths: list[list[Path]]) -> list[Path]:
     pieces = [Piece(prompt, n) for prompt in config.prompt for n in range(config.variations)]
     names = [path for group in paths for path in group]
     opening, melody = _opening(config, model, overlap_sec), _melody(config, model)
-    network = Network(model.lm, fastest(device))
+    network = Network(model.lm, project)
     total_sec = generation.to_frames(model, config.duration) / model.frame_rate * len(pieces)
     for part in map(part_path, names):
         part.unlink(missing_ok=True)
@@ -82,6 +83,17 @@ def generate(config: GenerateConfig, paths: list[list[Path]]) -> list[Path]:
     for path in names:
         print(path)
     return names
+
+
+def _projector(config: GenerateConfig, device: torch.device) -> Projector:
+    """Return how to multiply with the weights. Raises: UserError if --int8 can't be had."""
+    if not config.int8:
+        return fastest(device)
+    if device.type != "cpu":
+        raise UserError("--int8=1: works on the CPU alone; leave it out, or give --device=cpu")
+    if not int8.is_available():
+        raise UserError("--int8=1: needs an Intel or AMD processor; leave it out")
+    return int8.int8
 
 
 @contextlib.contextmanager

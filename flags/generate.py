@@ -100,6 +100,10 @@ class GenerateConfig(Flags):
     )
     overwrite: bool = Field(False, description="replace existing files of the same name")
     device: Device = Field("auto", description="auto, cuda, mps or cpu")
+    int8: bool = Field(
+        False,
+        description="on the CPU, weights of 8 bits: faster, and a little less accurate",
+    )
 
     @property
     def scales(self) -> list[float]:

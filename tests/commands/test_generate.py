@@ -330,3 +330,31 @@ def test_a_stereo_model_makes_stereo(stereo, play, monkeypatch, tmp_path):
         wav = sound(play(duration=2.5, **flags)[0])
         assert wav.shape[1] == 2
         assert not np.allclose(wav[-32_000:, 0], wav[-32_000:, 1], atol=1e-2)
+
+
+def test_int8_plays_the_same_alone_and_with_others(play):
+    (alone,) = play(prompt="drums", int8=1)
+    both = play(prompt='["a long prompt of many words", "drums"]', int8=1)
+    assert both[1].read_bytes() == alone.read_bytes()
+    exact = sound(play(prompt="drums", int8=0)[0])
+    assert not np.array_equal(sound(alone), exact)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("musicgen.device.torch.backends.mps.is_available", True, "--device=cpu"),
+        ("musicgen.int8.ENGINES", (), "needs an Intel or AMD processor"),
+    ],
+)
+def test_int8_is_refused_by_name_where_it_can_not_be_had(
+    name, value, says, cli, asked_for, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(name, (lambda: value) if value is True else value)
+    device = "mps" if value is True else "cpu"
+    flags = {"prompt": "waltz", "output_dir": tmp_path, "weights_path": None, "model_id": "tiny"}
+    refused = cli(generate, **flags, int8=1, device=device)
+    assert refused.code == 1
+    assert "--int8=1" in refused.err
+    assert says in refused.err
+    assert asked_for == [], "refused before the model is loaded"
