@@ -4,10 +4,11 @@
     python -m benchmarks.long --minutes=5
 
 Run it in the project's root. generate.py runs in a process of its own. Each line is the seconds
-since its start, the seconds of music in its part file, and the memory it holds. At the end: how far
-the memory moved after the first 2 minutes of music were in the file, in per cent of the lowest.
+since its start, the seconds of music in its part file, and the memory it holds. At the end: the
+median once the first 2 minutes of music were in the file, and how far memory went from it.
 """
 
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -47,8 +48,9 @@ def watch(minutes: float = 60, interval: float = 10) -> None:
             child.kill()
         info = sf.info(wav)
         print(f"{info.duration:.2f} s of music, {info.subtype}, in {seconds:.0f} s")
-        spread = max(settled) / min(settled) - 1
-        print(f"memory {min(settled) / MB:.0f} to {max(settled) / MB:.0f} MB: {spread:.1%}")
+        usual = statistics.median(settled)
+        least, most = (f"{value / usual - 1:+.1%}" for value in (min(settled), max(settled)))
+        print(f"memory {usual / MB:.0f} MB, {least} to {most}")
 
 
 def _music_sec(part: Path) -> float:
