@@ -163,7 +163,7 @@ class Network:
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits `[R, K, card]` after a step `[R, D]`."""
-        return self.heads(x).float().view(len(x), -1, self.lm.card)
+        return self.heads(x[:, None]).float().view(len(x), -1, self.lm.card)
 
 
 class _Layer:

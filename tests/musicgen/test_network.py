@@ -279,3 +279,12 @@ def test_training_goes_on_after_a_sample_of_a_model_with_rotary_positions(model_
     attributes, _ = model._prepare_tokens_and_attributes([PROMPT], None)
     model.lm(sequence, attributes).mean().backward()
     assert model.lm.emb[0].weight.grad is not None
+
+
+def test_a_rows_logits_do_not_depend_on_the_others(model_of) -> None:
+    """Not even without guidance, when a piece alone is a single row."""
+    torch.manual_seed(0)
+    network = Network(model_of("mono").lm)
+    network.heads, x = packed(nn.Linear(2048, 4 * 64, bias=False)), torch.randn(8, 2048)
+    with torch.inference_mode():
+        assert torch.equal(network.logits(x[:1]), network.logits(x)[:1])
