@@ -27,9 +27,10 @@ def choose(logits: torch.Tensor, noise: torch.Tensor, options: Sampling) -> torc
 
     A number picks the code in whose share of the sum of probabilities, in the order of the codes,
     it falls. Unlike the order of probabilities, that of the codes isn't changed by rounding.
+    Where the logits have a NaN, the result is `card`, which is no code.
     """
     if options.temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1).where(~logits.isnan().any(-1), logits.shape[-1])
     probs = torch.softmax(logits / options.temperature, dim=-1)
     if options.top_p > 0:
         ordered, codes = probs.sort(dim=-1, descending=True)
