@@ -101,7 +101,8 @@ def generate_blocks(
     first = [conditions.at(piece.prompt, 0) for piece in pieces]
     befores, rows = [len(one.prefix[0]) for one in first], len(first[0].prefix)
     if batch_size is None:
-        need = rows * network.cache_bytes(max(befores) + min(window, total))
+        given = max(len(one.prefix[0]) + len(one.cross[0]) for one in first)
+        need = rows * network.cache_bytes(given + min(window, total))
         batch_size = max(1, int(SHARE * _free(model.device)) // need)
     for numbers in _batches(befores, batch_size):
         crosses = [first[number].cross for number in numbers]
@@ -128,7 +129,7 @@ def generate_blocks(
 def write(model: Model, blocks: Iterable[Block], paths: list[Path]) -> Iterator[int]:
     """Write each piece's wav while it is made; yield the number of each that is whole.
 
-    Raises: UserError if one can't be written.
+    Raises: UserError if one can't be written, or the model's numbers are not finite.
     """
     decodings: dict[int, Decoding] = {}
     wavs: dict[int, GrowingWav] = {}

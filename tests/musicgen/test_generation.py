@@ -15,6 +15,7 @@ import torch
 from audiocraft.utils import utils
 from conftest import tone
 
+from errors import UserError
 from musicgen import codec, generation, load, window
 from musicgen.conditions import Conditions
 from musicgen.generation import Piece
@@ -314,3 +315,34 @@ def test_a_stream_is_the_pieces_own_however_its_steps_are_split() -> None:
     for number, alone in enumerate(streams()):
         assert torch.equal(draw([alone], 10, codebooks=4)[:, 0], whole[:, number])
     assert not torch.equal(draw([stream(4, "a", 0)], 10, codebooks=4)[:, 0], whole[:, 0])
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_p=0.9), Sampling(temperature=0)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_overflows_is_told(value: float, sampling: Sampling, models) -> None:
+    model = copy.copy(models["mono"])
+    model.lm = copy.deepcopy(model.lm)
+    model.lm.transformer.layers[0].linear1.weight.data[0] = value
+    how = {"duration_sec": 0.1, "overlap_sec": 0.5, "seed": 0, "sampling": sampling}
+    with pytest.raises(UserError, match=r"not finite.*--device=cpu"):
+        generation.generate(model, ["a"], **how)
+
+
+def test_long_captions_count_in_the_memory_of_a_batch(models, monkeypatch) -> None:
+    """Of short pieces, they take most of it."""
+    model, taken, make = models["mono"], [], Windows.__init__
+
+    def counted(self: Windows, *how: Any) -> None:
+        make(self, *how)
+        crosses = [tensor for layer in self.cache.crosses for cross in layer for tensor in cross]
+        kept = [*self.cache.keys, *self.cache.values, *(t for t in crosses if t is not None)]
+        taken.append(sum(tensor.nbytes for tensor in kept))
+
+    monkeypatch.setattr(Windows, "__init__", counted)
+    monkeypatch.setattr(generation, "free_memory", lambda: 1_000_000)
+    pieces = [Piece("slow piano " * 60, number) for number in range(12)]
+    how = {"duration_sec": 0.1, "overlap_sec": 0.5, "seed": 0}
+    for _ in generation.generate_blocks(model, pieces, **how):
+        pass
+    assert 1 < len(taken) < 12
+    assert max(taken) < 1_000_000
