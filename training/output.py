@@ -95,7 +95,10 @@ def clear_samples(folder: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove the half-written files of a run that was killed."""
+    """Remove the half-written files of a run that was stopped or killed."""
+    for path in (folder / SAMPLES).glob("step_*.part.wav"):
+        if re.fullmatch(r"step_\d{6}_\d+\.part\.wav", path.name):
+            path.unlink()
     weights = r"lm_\w+\.pt|learned_embeds\w*\.safetensors|resume\.pt"
     left = {
         folder: rf"{weights}|run\.json|metrics\.jsonl|training\.png",

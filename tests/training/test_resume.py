@@ -29,7 +29,7 @@ from musicgen import codec
 from musicgen.loss import TokenLoss
 from musicgen.text import TextEncoder
 from train import NonFinite, train
-from training.output import check_output, checkpoints
+from training.output import SAMPLES, check_output, checkpoints, remove_temporaries
 from training.plan import make_plan
 from training.resume import FREE_TO_CHANGE
 
@@ -332,6 +332,16 @@ def test_resume_auto_decides_by_what_is_there(names, result, tmp_path):
     else:
         with pytest.raises(result, match=r"is finished already|holds an earlier run .*another"):
             check_output(tmp_path, resume="auto", overwrite=False)
+
+
+def test_the_beginning_of_a_sample_is_removed_and_whole_ones_stay(tmp_path):
+    """A kill leaves one; other part files may be the user's."""
+    names = ["step_000002_1.part.wav", "step_000002_1.wav", "step_000002_1.mine.wav", "a.part.wav"]
+    (tmp_path / SAMPLES).mkdir()
+    for name in names:
+        (tmp_path / SAMPLES / name).touch()
+    remove_temporaries(tmp_path)
+    assert sorted(path.name for path in (tmp_path / SAMPLES).iterdir()) == sorted(names[1:])
 
 
 @pytest.mark.parametrize("save_step", [0, 3])
