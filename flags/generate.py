@@ -87,8 +87,8 @@ class GenerateConfig(Flags):
         0,
         ge=0,
         lt=2**63,
-        description="the same seed gives the same music on the same machine, whatever else is "
-        "generated with it",
+        description="the same seed gives the same music on the same machine; on the CPU also "
+        "whatever else is generated with it",
     )
     variations: int = Field(
         1,
