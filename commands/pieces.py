@@ -11,10 +11,13 @@ from recordings.growing import part_path
 def check(config: GenerateConfig) -> list[list[Path]]:
     """Return a wav path for each variation of each prompt.
 
-    Raises: UserError if a file is missing, or one would be overwritten.
+    Raises: UserError if a file is missing, or one would be overwritten: with --overwrite=1, a
+    recording that the flags name.
     """
     paths = _output_paths(config)
+    written: set[Path] = set()
     for path in (path for group in paths for path in group):
+        written |= {path.resolve(), part_path(path).resolve()}
         if path.exists() and not config.overwrite:
             raise UserError(f"{path} exists: give another --output_dir or --seed, or --overwrite=1")
         if (part := part_path(path)).exists() and not config.overwrite:
@@ -31,6 +34,10 @@ def check(config: GenerateConfig) -> list[list[Path]]:
         recording = getattr(config, flag)
         if recording and not Path(recording).is_file():
             raise UserError(f"--{flag}={recording}: no such file")
+        if recording and Path(recording).resolve() in written:
+            raise UserError(
+                f"--{flag}={recording}: would be overwritten; give another --output_dir or --seed"
+            )
     return paths
 
 

@@ -81,7 +81,7 @@ class GenerateConfig(Flags):
         description="of sampling; lower = more predictable, 0 = always the most likely code",
     )
     cfg_coef: float = Field(
-        3.0, ge=0, description="classifier-free guidance: how closely to follow the prompt"
+        3.0, ge=0, description="classifier-free guidance: how closely to follow the prompt; 1 = off"
     )
     seed: int = Field(
         0,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import soundfile as sf
 import torch
-from conftest import room
+from conftest import room, tone
 from processes import Started
 
 import files
@@ -81,6 +81,20 @@ def test_what_was_made_before_a_stop_plays(number, code, model, cli, processes, 
     assert done.code == 0, done.err
     assert sorted(path.name for path in tmp_path.glob("*.wav")) == ["a.wav"]
     assert sf.info(tmp_path / "a.wav").frames == 2.5 * RATE
+
+
+@pytest.mark.parametrize("name", ["a.part.wav", "a.wav"])
+@pytest.mark.parametrize("flag", ["prompt_audio", "melody"])
+def test_a_recording_that_is_read_is_not_overwritten(flag, name, model, cli, tmp_path):
+    """Of an hour in a part file, the new piece would have the last seconds alone."""
+    recording = tmp_path / name
+    sf.write(recording, tone(1, 1.0), RATE)
+    kept = recording.read_bytes()
+    asked = flags(model, tmp_path / "a.wav", duration=0.1, **{flag: recording})
+    refused = cli(generate, **asked, overwrite=1)
+    assert refused.code == 1
+    assert f"--{flag}={recording}: would be overwritten" in refused.err
+    assert recording.read_bytes() == kept
 
 
 def test_a_stop_before_any_music_leaves_nothing(model, cli, tmp_path, monkeypatch):
