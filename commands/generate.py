@@ -76,9 +76,15 @@ def generate(config: GenerateConfig, paths: list[list[Path]]) -> list[Path]:
                 on_frames=lambda count: advance(count / model.frame_rate),
             )
             collections.deque(generation.write(model, blocks, names), maxlen=0)
-    except BaseException:
-        for part in filter(Path.exists, map(part_path, names)):
+    except BaseException as error:
+        parts = [part for part in map(part_path, names) if part.exists()]
+        for part in parts:
             print(f"stopped: {part} has the music made so far", file=sys.stderr)
+        if not parts and isinstance(error, (KeyboardInterrupt, SystemExit)):
+            print(
+                "stopped: no window of these pieces was done, so nothing of them is kept",
+                file=sys.stderr,
+            )
         raise
     for path in names:
         print(path)

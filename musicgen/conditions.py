@@ -40,7 +40,7 @@ class Conditions:
     def __init__(self, model: Model, melody: torch.Tensor | None, guided: bool) -> None:
         self.model, self.melody, self.guided = model, melody, guided
         self._text = functools.cache(self._encode)
-        self._wav = functools.lru_cache(1)(self._encode_melody)
+        self._wav = functools.lru_cache(32)(self._encode_melody)  # ten minutes of windows
 
     def at(self, prompt: str, frame: int) -> Condition:
         """Return the condition of the window that begins at a token frame."""
