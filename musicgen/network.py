@@ -104,13 +104,13 @@ class Network:
             rows.append(slice(first, first := first + sum(map(len, group))))
         one = self.layers[0]
         shape = (first, one.kv_heads, places, one.width)
-
-        def zeros() -> list[torch.Tensor]:  # what is masked enters products, and 0 * NaN is NaN
-            return [torch.zeros(shape, dtype=one.dtype, device=self.device) for _ in self.layers]
-
+        # One block, so that freeing it gives the memory back: of small ones, glibc keeps some.
+        # Zeros, because what is masked enters products, and 0 * NaN is NaN.
+        both = torch.zeros(2, len(self.layers), *shape, dtype=one.dtype, device=self.device)
+        keys, values = (list(half.unbind()) for half in both)
         sources = [_padded(group) for group in groups]
         crosses = [[layer.cross_from(*source) for source in sources] for layer in self.layers]
-        return Cache(zeros(), zeros(), crosses, rows, self._tables(places))
+        return Cache(keys, values, crosses, rows, self._tables(places))
 
     @torch.inference_mode(mode=False)  # audiocraft keeps what it computes here, for training too
     def _tables(self, places: int) -> Tables:
