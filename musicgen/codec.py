@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from errors import UserError
 from musicgen.device import codec_device, without_tf32
 from musicgen.load import Model
 from recordings import audio
@@ -38,11 +37,6 @@ def encode_audio(model: Model, wav: torch.Tensor) -> torch.Tensor:
 DECODE_SEC = 10.0  # decoded at a time: with 30, the demo model's codec takes 400 MB meanwhile
 DECODE_MARGIN_SEC = 2.0  # context on both sides, for the codec's LSTM and convolutions
 
-NOT_FINITE = (
-    "the model computes numbers that are not finite, so it makes no music: try --device=cpu, which "
-    "computes in 32 bits; if that fails too, its weights are damaged"
-)
-
 
 class Decoding:
     """Decodes the codes of one piece as they come."""
@@ -57,12 +51,7 @@ class Decoding:
 
     @torch.no_grad()
     def add(self, codes: torch.Tensor, *, is_last: bool) -> Iterator[torch.Tensor]:
-        """Take the next codes `[K, T]`; yield the wav `[C, samples]` that can be decoded by now.
-
-        Raises: UserError if one is `card`, which no code is: see `sampling.choose`.
-        """
-        if (codes == self.model.lm.card).any():
-            raise UserError(NOT_FINITE)
+        """Take the next codes `[K, T]`; yield the wav `[C, samples]` that can be decoded by now."""
         self.codes = torch.cat([self.codes, codes.cpu()], dim=-1)
         while (ready := self.codes.shape[-1] - self.done) > 0:
             if ready < self.step + self.margin and not is_last:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from errors import UserError
 from musicgen.codec import Decoding, decode
 from musicgen.conditions import Conditions
 from musicgen.host import free_memory
@@ -22,6 +23,11 @@ from recordings.growing import GrowingWav
 
 OVERLAP_SEC = 12.0
 SHARE = 0.7  # of the free memory for caches; the rest is for EnCodec and what a step computes
+
+NOT_FINITE = (
+    "the model computes numbers that are not finite, so it makes no music: try --device=cpu, which "
+    "computes in 32 bits; if that fails too, its weights are damaged"
+)
 
 
 class Piece(NamedTuple):
@@ -87,6 +93,8 @@ def generate_blocks(
         batch_size: pieces at once; None = as many as memory holds.
         on_frames: called after each frame with the number of pieces that have got it; may raise
             to stop.
+
+    Raises: UserError if the model's numbers are not finite.
     """
     sampling = sampling or Sampling()
     network = network or Network(model.lm)
@@ -120,16 +128,19 @@ def generate_blocks(
             prefixes = [conditions.at(pieces[n].prompt, done - kept).prefix for n in numbers]
             made = windows.generate(prefixes, context, length, draw_steps, on_frame)
             done += length - kept
-            for number, codes in zip(numbers, made[..., kept:].cpu(), strict=True):
+            made = made.cpu()
+            if (made == model.lm.card).any():  # which no code is: see `choose`
+                raise UserError(NOT_FINITE)
+            for number, codes in zip(numbers, made[..., kept:], strict=True):
                 yield Block(number, codes, done == total)
-            context = made[..., -overlap:]
+            context = made[..., -overlap:].to(model.device)
         del windows  # before the next batch's caches are made
 
 
 def write(model: Model, blocks: Iterable[Block], paths: list[Path]) -> Iterator[int]:
     """Write each piece's wav while it is made; yield the number of each that is whole.
 
-    Raises: UserError if one can't be written, or the model's numbers are not finite.
+    Raises: UserError if one can't be written.
     """
     decodings: dict[int, Decoding] = {}
     wavs: dict[int, GrowingWav] = {}

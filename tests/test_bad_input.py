@@ -499,7 +499,7 @@ GENERATE_CASES: dict[str, tuple[Callable[[World], dict[str, Any]], list[str]]] =
             "musicgen.generation.generate_blocks",
             raises(torch.OutOfMemoryError("CUDA out of memory.")),
         ),
-        ["out of memory", "--variations", "--overlap", "--model_id"],
+        ["out of memory", "--model_id", "--duration"],
     ),
 }
 
