@@ -62,6 +62,7 @@ def generate(model: Model, prompts: list[str], *, variations: int = 1, **how: An
     pieces = [Piece(prompt, number) for prompt in prompts for number in range(variations)]
     codes: list[list[torch.Tensor]] = [[] for _ in pieces]
     for block in generate_blocks(model, pieces, **how):
+        _check(model, block.codes)
         codes[block.piece].append(block.codes)
     return decode(model, torch.stack([torch.cat(blocks, dim=-1) for blocks in codes]))
 
@@ -93,8 +94,6 @@ def generate_blocks(
         batch_size: pieces at once; None = as many as memory holds.
         on_frames: called after each frame with the number of pieces that have got it; may raise
             to stop.
-
-    Raises: UserError if the model's numbers are not finite.
     """
     sampling = sampling or Sampling()
     network = network or Network(model.lm)
@@ -128,23 +127,21 @@ def generate_blocks(
             prefixes = [conditions.at(pieces[n].prompt, done - kept).prefix for n in numbers]
             made = windows.generate(prefixes, context, length, draw_steps, on_frame)
             done += length - kept
-            made = made.cpu()
-            if (made == model.lm.card).any():  # which no code is: see `choose`
-                raise UserError(NOT_FINITE)
-            for number, codes in zip(numbers, made[..., kept:], strict=True):
+            for number, codes in zip(numbers, made[..., kept:].cpu(), strict=True):
                 yield Block(number, codes, done == total)
-            context = made[..., -overlap:].to(model.device)
+            context = made[..., -overlap:]
         del windows  # before the next batch's caches are made
 
 
 def write(model: Model, blocks: Iterable[Block], paths: list[Path]) -> Iterator[int]:
     """Write each piece's wav while it is made; yield the number of each that is whole.
 
-    Raises: UserError if one can't be written.
+    Raises: UserError if one can't be written, or the model's numbers are not finite.
     """
     decodings: dict[int, Decoding] = {}
     wavs: dict[int, GrowingWav] = {}
     for number, codes, is_last in blocks:
+        _check(model, codes)
         if number not in decodings:
             decodings[number] = Decoding(model)
         for samples in decodings[number].add(codes, is_last=is_last):
@@ -155,6 +152,12 @@ def write(model: Model, blocks: Iterable[Block], paths: list[Path]) -> Iterator[
             del decodings[number]
             wavs.pop(number).finish()
             yield number
+
+
+def _check(model: Model, codes: torch.Tensor) -> None:
+    """Raise UserError if codes are none, as `choose` gives them for NaN."""
+    if (codes == model.lm.card).any():
+        raise UserError(NOT_FINITE)
 
 
 def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
